@@ -1,0 +1,566 @@
+"""Every setting: frozen pydantic models, read from one YAML file, checked once.
+
+`task` says what is computed and enters the fingerprints of the datasets; `resources` says where and how big. A key
+that is not known is an error that names the nearest one that is. A setting's description is its reason and unit: the
+reference that `pinsage settings` prints is made from them, so there is no second place to keep true.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import fsspec
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.contracts.errors import SettingsError
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+
+
+def _as_tuple(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
+Paths = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+Format = Literal["auto", "parquet", "csv", "jsonl"]
+
+
+class Section(BaseModel):
+    """A group of settings; frozen, and closed to names it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+
+
+# ---------------------------------------------------------------------------------------------------- task: the data
+
+
+class InteractionsSource(Section):
+    """Where the interactions are and what their columns are called."""
+
+    paths: Paths
+    """One path, a glob or a list of them; any fsspec URL. Relative paths start at the settings file."""
+    format: Format = "auto"
+    """`auto` goes by the file's ending: .parquet, .csv[.gz], .jsonl[.gz] or .ndjson."""
+    user: str
+    """Column with the key of whatever groups items: a person, a basket, a board. String or integer."""
+    item: str
+    """Column with the item's key. String or integer."""
+    timestamp: str
+    """Column with the time of the event."""
+    timestamp_unit: Literal["seconds", "milliseconds", "microseconds", "iso", "order"] = "seconds"
+    """Epoch in this unit, ISO 8601 text or a date column (`iso`), or merely the order of a user's events (`order`)."""
+    weight: str | None = None
+    """Column with a non-negative strength of the event; none: every event weighs 1."""
+    event: str | None = None
+    """Column with the kind of event, looked up in event_weights."""
+    event_weights: dict[str, Annotated[float, Field(ge=0.0)]] = {}
+    """Weight of each kind of event (0 drops it); a kind that is not listed is quarantined."""
+
+    @model_validator(mode="after")
+    def _weights_need_events(self) -> InteractionsSource:
+        if bool(self.event) != bool(self.event_weights):
+            raise ValueError("event and event_weights go together: give both or neither")
+        if self.event and self.weight:
+            raise ValueError("give either weight or event, not both")
+        return self
+
+
+class FeatureColumn(Section):
+    """One column of item content and how to read it."""
+
+    name: str
+    """The column in the items file."""
+    kind: Literal["vector", "numeric", "categorical", "text"]
+    """vector: list of numbers; numeric: one number; categorical: one or several names; text: words to encode."""
+    log: bool = False
+    """numeric: take log(1 + x) first (prices, counts)."""
+    separator: str | None = None
+    """categorical: split the value here, `Comedy|Drama` is two names."""
+
+    @model_validator(mode="after")
+    def _options_fit_the_kind(self) -> FeatureColumn:
+        if self.log and self.kind != "numeric":
+            raise ValueError(f"log is for numeric columns, {self.name} is {self.kind}")
+        if self.separator is not None and self.kind != "categorical":
+            raise ValueError(f"separator is for categorical columns, {self.name} is {self.kind}")
+        return self
+
+
+class ItemsSource(Section):
+    """Where the catalogue is, which column is its key and which are its content."""
+
+    paths: Paths
+    """One path, a glob or a list of them; any fsspec URL. Relative paths start at the settings file."""
+    format: Format = "auto"
+    """`auto` goes by the file's ending."""
+    key: str
+    """Column with the item's key: unique and never null."""
+    title: str | None = None
+    """Column to show people; content only if it is also listed in columns."""
+    columns: tuple[FeatureColumn, ...] = ()
+    """The content, in the order of the feature vector."""
+
+    @model_validator(mode="after")
+    def _columns_are_distinct(self) -> ItemsSource:
+        names = [column.name for column in self.columns]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"column {name} is listed twice")
+        return self
+
+
+class Data(Section):
+    """The user's files."""
+
+    interactions: InteractionsSource
+    items: ItemsSource | None = None
+    """None: the catalogue is whatever the interactions name, and only its degree is known."""
+    unknown_items: Literal["drop", "add"] = "drop"
+    """Interactions with an item that the catalogue lacks: dropped and counted, or added without content."""
+    max_quarantined_share: Share = 0.01
+    """Bad rows are set aside with their reason; more than this share of them fails the run."""
+    previous: str | None = None
+    """Run folder of an earlier night: its ids are kept, new keys are appended."""
+
+
+class Split(Section):
+    """What is learned from and what is only measured on."""
+
+    kind: Literal["temporal", "leave_last_out", "random"] = "temporal"
+    """temporal: one moment for everybody; leave_last_out: each user's last events; random: as some papers do."""
+    validation: Annotated[float, Field(ge=0.0)] = 0.05
+    """temporal, random: share of the events; leave_last_out: events per user."""
+    test: Annotated[float, Field(gt=0.0)] = 0.1
+    """As validation, and later in time."""
+
+    @model_validator(mode="after")
+    def _sizes_fit_the_kind(self) -> Split:
+        if self.kind == "leave_last_out":
+            if self.validation != int(self.validation) or self.test != int(self.test):
+                raise ValueError("leave_last_out counts whole events per user: validation and test are integers")
+        elif self.validation + self.test >= 1:
+            raise ValueError(f"validation {self.validation} + test {self.test} leave nothing to train on")
+        return self
+
+
+# -------------------------------------------------------------------------------------------------- task: the stages
+
+
+class Graph(Section):
+    """Training interactions to a bipartite graph in compressed rows."""
+
+    max_user_degree: Count = 5000
+    """A user with more distinct items keeps the most recent ones: hubs cost much and say little. 0: no limit."""
+
+
+class Features(Section):
+    """Item content to one float vector per item."""
+
+    text_encoder: str = "tfidf"
+    """`tfidf` (hashed TF-IDF and SVD, built in), or a sentence-transformers model: its name or folder."""
+    text_dimensions: PositiveInt = 128
+    """Dimensions kept of every tfidf text column."""
+    text_buckets: PositiveInt = 2**15
+    """Hash buckets of words and word pairs before the SVD; the encoder holds buckets x dimensions floats."""
+    categories: PositiveInt = 256
+    """Most frequent names kept per categorical column; the others share one slot."""
+    fit_rows: PositiveInt = 200_000
+    """Encoders are fitted on at most this many items, evenly spread over the catalogue."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Stored precision."""
+
+
+class Walks(Section):
+    """Personalised-PageRank neighbourhoods by random walks with restart."""
+
+    num_neighbours: PositiveInt = 50
+    """T: the most visited items kept for each item (paper: 50)."""
+    num_walks: PositiveInt = 1000
+    """Walks from each item (not published)."""
+    max_hops: PositiveInt = 3
+    """Item-user-item hops after which a walk ends in any case."""
+    restart_probability: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
+    """Chance that a walk ends after each hop."""
+    weighted: bool = False
+    """Step along an edge in proportion to its weight."""
+
+
+class Pairs(Section):
+    """Training pairs, and the hard negatives of every query."""
+
+    window: PositiveInt = 1
+    """Pair an item with this many of the user's following items (paper: 1)."""
+    max_gap_seconds: Count = 0
+    """Longest time between the two; 0: no limit."""
+    num_hard_negatives: Count = 50
+    """Stored per query; the trainer draws from them. 0: none are computed."""
+    hard_negative_ranks: tuple[PositiveInt, PositiveInt] | None = None
+    """First and last PPR rank to draw hard negatives from (paper: 2000 to 5000 of 2 billion). None: scaled to the
+    catalogue: from num_neighbours to a tenth of the items, at most 5000."""
+    num_walks: PositiveInt = 5000
+    """Walks per item when ranking for hard negatives: deep ranks need more walks than neighbourhoods do."""
+
+    @model_validator(mode="after")
+    def _ranks_are_in_order(self) -> Pairs:
+        if self.hard_negative_ranks and self.hard_negative_ranks[0] >= self.hard_negative_ranks[1]:
+            raise ValueError(f"hard_negative_ranks {self.hard_negative_ranks}: the first rank must be below the last")
+        return self
+
+
+class Model(Section):
+    """The network. The defaults are the paper's shape at a laptop's size."""
+
+    num_layers: Annotated[int, Field(ge=0, le=4)] = 2
+    """K convolutions (paper: 2). 0: content only, the head alone."""
+    hidden_dimensions: PositiveInt = 256
+    """m: width of a neighbour's message (paper: 2048)."""
+    output_dimensions: PositiveInt = 128
+    """d: width of every layer's output and of the embedding (paper: 1024)."""
+    normalise_output: bool = True
+    """Scale embeddings to length 1 after the head, so that inner product is cosine. Paper-exact: false."""
+    message_passing: Literal["torch", "dgl"] = "torch"
+    """Who sums over neighbours; both give the same result, torch is faster and needs no DGL."""
+
+
+class CurriculumRow(Section):
+    """From this epoch on, these negatives."""
+
+    from_epoch: PositiveInt
+    uniform: PositiveInt = 500
+    """Negatives drawn uniformly from the catalogue and shared by the whole batch (paper: 500)."""
+    hard: Count = 0
+    """Hard negatives drawn for every query (paper: epoch n uses n-1, at most 6)."""
+
+
+PAPER_CURRICULUM = tuple(CurriculumRow(from_epoch=epoch, hard=epoch - 1) for epoch in range(1, 8))
+
+
+class Training(Section):
+    """Plain PyTorch, one process or DDP under torchrun, the same command."""
+
+    loss: Literal["max_margin", "softmax"] = "max_margin"
+    """max_margin: the paper's; softmax: sampled softmax over the same negatives."""
+    margin: Annotated[float, Field(ge=0.0)] = 0.1
+    """max_margin: how far above a negative a positive must score (not published)."""
+    temperature: Annotated[float, Field(gt=0.0)] = 0.1
+    """softmax: scores are divided by this; only sensible with normalise_output."""
+    epochs: PositiveInt = 8
+    batch_size: PositiveInt = 2048
+    """Pairs per step over all ranks (paper: 2048); shrunk to the number of pairs if there are fewer."""
+    optimizer: Literal["sgd", "adam"] = "adam"
+    """Paper-exact: sgd."""
+    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-3
+    """Peak rate, reached by linear warm-up (not published)."""
+    warmup_epochs: Annotated[float, Field(ge=0.0)] = 1.0
+    """Length of the linear warm-up (paper: epoch 1)."""
+    decay_per_epoch: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
+    """Factor on the rate per epoch after the warm-up, applied step by step."""
+    curriculum: tuple[CurriculumRow, ...] = PAPER_CURRICULUM
+    """Which negatives from which epoch; the last row that has begun counts."""
+    checkpoint_every_steps: PositiveInt = 500
+    """A killed run loses at most this many steps."""
+
+    @model_validator(mode="after")
+    def _curriculum_is_in_order(self) -> Training:
+        epochs = [row.from_epoch for row in self.curriculum]
+        if not epochs or epochs[0] != 1 or any(a >= b for a, b in zip(epochs, epochs[1:], strict=False)):
+            raise ValueError(f"curriculum rows must begin at epoch 1 and rise, found from_epoch {epochs}")
+        return self
+
+
+class Inference(Section):
+    """Every item's embedding, layer by layer."""
+
+    dtype: Literal["float32", "float16"] = "float32"
+    """Stored precision of the embeddings."""
+    layer_dtype: Literal["float32", "float16"] = "float32"
+    """Stored precision of what passes between layers."""
+
+
+class Index(Section):
+    """Embeddings to a FAISS index."""
+
+    factory: str = "auto"
+    """A FAISS factory string, or `auto`: Flat up to 20 000 items, IVF with about 4 sqrt(N) lists above."""
+    recall_target: Share = 0.95
+    """nprobe is raised until recall@k against exact search reaches this."""
+    k: PositiveInt = 10
+    """Neighbours per query in the recall measurement."""
+    num_queries: PositiveInt = 1000
+    """Held-out queries for tuning, and as many others for the reported recall."""
+    train_rows: PositiveInt = 500_000
+    """Coarse quantizer is trained on at most this many vectors."""
+
+
+class Evaluation(Section):
+    """How good the embeddings are on events that nothing has seen."""
+
+    k: tuple[PositiveInt, ...] = (10, 50)
+    """The K of hit-rate@K, Recall@K and NDCG@K."""
+    max_events: PositiveInt = 20_000
+    """At most this many test events (and users) are ranked, drawn at random; the table says of how many."""
+    half_life_days: Annotated[float, Field(gt=0.0)] = 30.0
+    """user-to-item: an item's weight in the user's query halves in this time."""
+    cold_degree: Count = 0
+    """Slice `cold`: items with at most this many training interactions."""
+    tail_share: Share = 0.8
+    """Slice `tail`: the least popular items, this share of the catalogue."""
+    bootstrap: PositiveInt = 1000
+    """Resamples (by user) behind every 95 % confidence interval."""
+    examples: Count = 5
+    """Items whose nearest neighbours are shown by name."""
+
+
+class Task(Section):
+    """What is computed."""
+
+    name: str = "pinsage"
+    """Shown in reports and Spark's pages."""
+    seed: Count = 0
+    """Every random number comes from this, the stage and the shard."""
+    data: Data
+    split: Split = Split()
+    graph: Graph = Graph()
+    features: Features = Features()
+    walks: Walks = Walks()
+    pairs: Pairs = Pairs()
+    model: Model = Model()
+    training: Training = Training()
+    inference: Inference = Inference()
+    index: Index = Index()
+    evaluation: Evaluation = Evaluation()
+
+
+# -------------------------------------------------------------------------------------------------- resources
+
+
+class SparkResources(Section):
+    """Where Spark runs."""
+
+    master: str | None = "local[*]"
+    """Spark master; None leaves it to spark-submit. A master given to spark-submit wins."""
+    driver_memory: str = "2g"
+    """JVM heap of the driver, which in local mode is also the executor's."""
+    shuffle_partitions: PositiveInt = 8
+    """Partitions of a shuffle; about two to three times the cores."""
+    driver_port: Count = 0
+    """Port that executors call back on; 0: any free one."""
+    conf: dict[str, str] = {}
+    """Further Spark settings, by their own names."""
+
+
+class TrainingResources(Section):
+    """The processes that train."""
+
+    ranks: PositiveInt = 1
+    """Processes per host that `pinsage train` starts; under your own torchrun this is not read."""
+    threads: PositiveInt = 2
+    """CPU threads of each rank. Float sums depend on it, so it enters the model's fingerprint."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where torch sees one."""
+    prefetch: PositiveInt = 4
+    """Batches prepared ahead of the device."""
+    master_port: Count = 0
+    """Port where the ranks meet; 0: any free one."""
+
+
+class Resources(Section):
+    """Where it is computed and how big the pieces are."""
+
+    run: str
+    """Folder of this run: any fsspec URL. Relative paths start at the settings file."""
+    cache: str | None = None
+    """Local folder for memory-mapped copies, shared by the processes of a host; None: one in the temporary folder."""
+    rows_per_shard: PositiveInt = 100_000
+    """Rows of a stored shard: what one task holds in memory. Changing it rebuilds datasets."""
+    threads: PositiveInt = 1
+    """CPU threads of one Spark task's numeric work. Enters fingerprints, as float sums depend on it."""
+    spark: SparkResources = SparkResources()
+    training: TrainingResources = TrainingResources()
+
+
+class Settings(Section):
+    """One file: what (`task`) and where and how big (`resources`)."""
+
+    task: Task
+    resources: Resources
+
+
+# -------------------------------------------------------------------------------------------------- reading
+
+
+def load_settings(source: str, overrides: Sequence[str] = ()) -> Settings:
+    """Read, override and check a settings file.
+
+    source is a path or any fsspec URL of a YAML file. overrides are `dotted.key=value`, the value read as YAML.
+    Relative paths inside a local file start at that file. Raises SettingsError naming every wrong key at once.
+    """
+    try:
+        with fsspec.open(source, "r", encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"cannot read the settings file {source}: {error}. `pinsage init DATA` writes one") from None
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{source} is not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise SettingsError(f"{source} holds {type(tree).__name__}, expected the keys task and resources")
+    for override in overrides:
+        _apply_override(tree, override)
+    base = Path(source).resolve().parent if "://" not in source else None
+    return parse_settings(tree, where=source, base=base)
+
+
+def parse_settings(tree: Mapping[str, Any], where: str = "settings", base: Path | None = None) -> Settings:
+    """Check a tree of plain values; base is the folder that relative paths start at (None: left as they are)."""
+    try:
+        settings = Settings.model_validate(tree)
+    except ValidationError as error:
+        raise SettingsError(_explain(error, where)) from None
+    return settings if base is None else _resolve_paths(settings, base)
+
+
+def dump_settings(settings: Settings) -> str:
+    """The resolved settings as YAML: every key, every default."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def select(settings: Settings, paths: Sequence[str]) -> dict[str, Any]:
+    """The values at dotted paths, as plain JSON values: what a stage's fingerprint is made of.
+
+    Where the user's files lie is left out: moving a clone or a bucket changes no result.
+    """
+    tree = settings.model_dump(mode="json")
+    chosen: dict[str, Any] = {}
+    for path in paths:
+        value: Any = tree
+        for part in path.split("."):
+            value = value[part]
+        chosen[path] = _without_locations(value)
+    return chosen
+
+
+def _without_locations(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_locations(inner) for key, inner in value.items() if key not in ("paths", "previous")}
+
+
+def reference(model: type[BaseModel] = Settings, prefix: str = "") -> list[tuple[str, str, str, str]]:
+    """Every setting as (dotted name, type, default, description), in file order: the settings reference."""
+    rows: list[tuple[str, str, str, str]] = []
+    for name, field in model.model_fields.items():
+        annotation = field.annotation
+        inner = _section_in(annotation)
+        dotted = f"{prefix}{name}"
+        if inner is not None and not _is_collection(annotation):
+            rows += reference(inner, f"{dotted}.")
+            continue
+        default = "required" if field.is_required() else _plain(field.default)
+        rows.append((dotted, _type_name(annotation), default, " ".join((field.description or "").split())))
+        if inner is not None:
+            rows += reference(inner, f"{dotted}[].")
+    return rows
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise SettingsError(f"override {override!r} is not of the form dotted.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"override {override!r}: the value is not YAML: {error}") from None
+    *parents, last = dotted.split(".")
+    node = tree
+    for part in parents:
+        child = node.get(part)
+        if child is None:
+            child = node[part] = {}
+        if not isinstance(child, dict):
+            raise SettingsError(f"override {override!r}: {part} holds {child!r}, not a group of settings")
+        node = child
+    node[last] = value
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    lines = []
+    for problem in error.errors():
+        location = [part for part in problem["loc"] if not str(part).startswith("function-")]
+        dotted = ".".join(str(part) for part in location)
+        if problem["type"] == "extra_forbidden":
+            known = _names_at(location[:-1])
+            nearest = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"known here: {', '.join(known)}"
+            lines.append(f"  {dotted}: unknown setting; {hint}")
+        elif problem["type"] == "missing":
+            lines.append(f"  {dotted}: missing, and it has no default")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            found = "" if isinstance(problem["input"], (dict, BaseModel)) else f", found {problem['input']!r}"
+            lines.append(f"  {dotted}: {message}{found}")
+    count = len(lines)
+    head = f"{where}: {count} wrong setting{'s' if count > 1 else ''} (`pinsage settings` lists all of them)"
+    return "\n".join([head, *lines])
+
+
+def _names_at(location: Sequence[str | int]) -> list[str]:
+    model: type[BaseModel] = Settings
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(part)
+        inner = None if field is None else _section_in(field.annotation)
+        if inner is None:
+            return []
+        model = inner
+    return list(model.model_fields)
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        inner = _section_in(argument)
+        if inner is not None:
+            return inner
+    return None
+
+
+def _is_collection(annotation: Any) -> bool:
+    return getattr(annotation, "__origin__", None) is tuple
+
+
+def _type_name(annotation: Any) -> str:
+    if isinstance(annotation, type) and not getattr(annotation, "__args__", None):
+        return annotation.__name__
+    return str(annotation).replace("typing.", "").replace("pipeline.contracts.config.", "")
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, tuple) and value and isinstance(value[0], Section):
+        return yaml.safe_dump([row.model_dump() for row in value], default_flow_style=True, width=10_000).strip()
+    return str(value)
+
+
+def _resolve_paths(settings: Settings, base: Path) -> Settings:
+    def absolute(path: str) -> str:
+        return path if "://" in path or os.path.isabs(path) else str(base / path)
+
+    tree = settings.model_dump()
+    data, resources = tree["task"]["data"], tree["resources"]
+    for source in (data["interactions"], data["items"]):
+        if source is not None:
+            source["paths"] = tuple(absolute(path) for path in source["paths"])
+    for group, name in ((data, "previous"), (resources, "run"), (resources, "cache")):
+        if group[name] is not None:
+            group[name] = absolute(group[name])
+    return Settings.model_validate(tree)

@@ -1,0 +1,360 @@
+"""Datasets: a folder of shards and a manifest written last. Without its manifest a dataset does not exist.
+
+A manifest holds the schema version, every shard's name, rows, bytes and SHA-256, where it came from (Lineage: settings
+and the contents of what was read, as one fingerprint) and free metadata. Its `content` hash covers what the shards
+hold and nothing of when or where, so a dataset rebuilt to the same bytes leaves everything downstream up to date.
+While a dataset is being built, every finished shard leaves a receipt with the lineage's fingerprint: a restarted stage
+asks `finished_shard` and does only what is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from importlib import metadata as packages
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline.contracts.config import Settings, select
+from pipeline.contracts.errors import DataError
+from pipeline.contracts.schemas import SCHEMA_VERSION, Dataset, Stage
+from pipeline.contracts.storage import Storage
+
+MANIFEST = "_manifest.json"
+RECEIPTS = "_building"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One stored file of a dataset; bytes is its size and sha256 its checksum in hex."""
+
+    name: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """What a stage's outputs depend on; equal fingerprints mean equal outputs."""
+
+    stage: str
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that the stage's outputs depend on."""
+        return _digest({"schema_version": SCHEMA_VERSION, **asdict(self)})
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A finished dataset."""
+
+    dataset: str
+    schema_version: int
+    shards: tuple[Shard, ...]
+    lineage: Lineage
+    metadata: dict[str, Any] = field(default_factory=dict)
+    code_version: str = ""
+    created_at: float = 0.0
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all shards."""
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def num_bytes(self) -> int:
+        """Stored bytes of all shards."""
+        return sum(shard.bytes for shard in self.shards)
+
+    @property
+    def content(self) -> str:
+        """SHA-256 of what is stored: equal whenever the shards and the metadata are, whenever they were made."""
+        shards = [(shard.name, shard.rows, shard.sha256) for shard in self.shards]
+        return _digest([self.dataset, self.schema_version, shards, self.metadata])
+
+
+# ------------------------------------------------------------------------------------------------ manifests
+
+
+def find_manifest(storage: Storage, dataset: Dataset | str) -> Manifest | None:
+    """The dataset's manifest, or None if the dataset does not exist.
+
+    Raises DataError for one that cannot be read or was written under another schema version.
+    """
+    name = dataset if isinstance(dataset, str) else dataset.name
+    path = f"{name}/{MANIFEST}"
+    try:
+        tree = json.loads(storage.read_bytes(path))
+        version = tree["schema_version"]
+        if version == SCHEMA_VERSION:
+            return Manifest(
+                dataset=tree["dataset"],
+                schema_version=version,
+                shards=tuple(Shard(**shard) for shard in tree["shards"]),
+                lineage=Lineage(**tree["lineage"]),
+                metadata=tree["metadata"],
+                code_version=tree["code_version"],
+                created_at=tree["created_at"],
+            )
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{storage.locate(path)} is not a manifest ({error!r}); delete the folder {name} and run again"
+        ) from None
+    raise DataError(
+        f"{storage.locate(path)} has schema version {version}, this code reads version {SCHEMA_VERSION}; "
+        "choose another resources.run, or delete that run to build it again"
+    )
+
+
+def open_manifest(storage: Storage, dataset: Dataset | str) -> Manifest:
+    """The dataset's manifest; DataError names the stage to run if the dataset does not exist."""
+    manifest = find_manifest(storage, dataset)
+    if manifest is None:
+        name = dataset if isinstance(dataset, str) else dataset.name
+        raise DataError(f"{storage.url} has no {name} yet; {_how_to_build(name)}")
+    return manifest
+
+
+def trace(storage: Storage, stage: Stage, settings: Settings, inputs: Mapping[str, str] | None = None) -> Lineage:
+    """What the stage's outputs depend on now; reads the manifests of the stage's inputs.
+
+    inputs adds what is not a dataset of the run, such as the user's files. Raises DataError if an input is missing.
+    """
+    found = {dataset.name: open_manifest(storage, dataset).content for dataset in stage.reads}
+    return Lineage(stage.name, select(settings, stage.settings), {**found, **(inputs or {})})
+
+
+def is_up_to_date(storage: Storage, stage: Stage, lineage: Lineage) -> bool:
+    """Whether all of the stage's outputs exist and were made from exactly this lineage."""
+    manifests = [find_manifest(storage, dataset) for dataset in stage.writes]
+    return all(found is not None and found.lineage.fingerprint == lineage.fingerprint for found in manifests)
+
+
+def commit(
+    storage: Storage,
+    dataset: Dataset | str,
+    shards: Iterable[Shard],
+    lineage: Lineage,
+    metadata: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Make the shards a dataset: write the manifest, then clear receipts and files that belong to no shard."""
+    name = dataset if isinstance(dataset, str) else dataset.name
+    manifest = Manifest(
+        dataset=name,
+        schema_version=SCHEMA_VERSION,
+        shards=tuple(sorted(shards, key=lambda shard: shard.name)),
+        lineage=lineage,
+        metadata=dict(metadata or {}),
+        code_version=code_version(),
+        created_at=time.time(),
+    )
+    text = json.dumps({**asdict(manifest), "content": manifest.content}, indent=1, sort_keys=True)
+    storage.write_bytes(f"{name}/{MANIFEST}", text.encode())
+    storage.delete(f"{name}/{RECEIPTS}")
+    kept = {MANIFEST, *(shard.name for shard in manifest.shards)}
+    for other in storage.names(name):
+        if other not in kept:
+            storage.delete(f"{name}/{other}")
+    storage.remove_unfinished(name)
+    return manifest
+
+
+def begin(storage: Storage, dataset: Dataset | str) -> None:
+    """Withdraw the dataset before its shards are overwritten, so that no manifest speaks of other bytes."""
+    name = dataset if isinstance(dataset, str) else dataset.name
+    storage.delete(f"{name}/{MANIFEST}")
+
+
+# ------------------------------------------------------------------------------------------------ shards
+
+
+def shard_name(number: int) -> str:
+    """`part-00007.parquet`: by partition, never by attempt."""
+    return f"part-{number:05d}.parquet"
+
+
+def encode_table(table: pa.Table) -> bytes:
+    """A table as Parquet bytes: zstd, one row group, the same bytes for the same rows."""
+    sink = io.BytesIO()
+    pq.write_table(
+        table.replace_schema_metadata(None).combine_chunks(),
+        sink,
+        compression="zstd",
+        row_group_size=max(1, table.num_rows),
+        store_schema=True,
+    )
+    return sink.getvalue()
+
+
+def write_shard(storage: Storage, dataset: Dataset | str, number: int, table: pa.Table, lineage: Lineage) -> Shard:
+    """Check and store one shard, and leave a receipt for a restart. Overwriting it with the same rows is harmless."""
+    name = dataset if isinstance(dataset, str) else dataset.name
+    if isinstance(dataset, Dataset):
+        dataset.check(table.schema, f"{name} shard {number}")
+    return write_file(storage, name, shard_name(number), encode_table(table), lineage, rows=table.num_rows)
+
+
+def write_file(storage: Storage, name: str, file: str, data: bytes, lineage: Lineage, rows: int = 0) -> Shard:
+    """Store one file of a dataset that is not a table (a model, an index), with its receipt."""
+    storage.write_bytes(f"{name}/{file}", data)
+    return leave_receipt(storage, name, Shard(file, rows, len(data), hashlib.sha256(data).hexdigest()), lineage)
+
+
+def put_large_file(storage: Storage, name: str, file: str, local: str | Path, lineage: Lineage, rows: int = 0) -> Shard:
+    """Store a local file too large for memory as one file of a dataset, with its receipt."""
+    digest = hashlib.sha256()
+    size = 0
+    with open(local, "rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+            size += len(block)
+    storage.put_file(local, f"{name}/{file}")
+    return leave_receipt(storage, name, Shard(file, rows, size, digest.hexdigest()), lineage)
+
+
+def leave_receipt(storage: Storage, name: str, shard: Shard, lineage: Lineage) -> Shard:
+    """Note that a shard of this lineage is finished."""
+    receipt = {"fingerprint": lineage.fingerprint, **asdict(shard)}
+    storage.write_bytes(f"{name}/{RECEIPTS}/{shard.name}.json", json.dumps(receipt).encode())
+    return shard
+
+
+def finished_shard(storage: Storage, dataset: Dataset | str, file: int | str, lineage: Lineage) -> Shard | None:
+    """The shard that an interrupted attempt of the same lineage finished, checked byte for byte; None if it did not."""
+    name = dataset if isinstance(dataset, str) else dataset.name
+    file = shard_name(file) if isinstance(file, int) else file
+    try:
+        receipt = json.loads(storage.read_bytes(f"{name}/{RECEIPTS}/{file}.json"))
+        if receipt.pop("fingerprint") != lineage.fingerprint:
+            return None
+        shard = Shard(**receipt)
+        data = storage.read_bytes(f"{name}/{file}")
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    return shard if hashlib.sha256(data).hexdigest() == shard.sha256 else None
+
+
+def read_file(storage: Storage, manifest: Manifest, file: str) -> bytes:
+    """One file of a dataset, checked against the manifest. Raises DataError if it is gone or was changed."""
+    shard = next((shard for shard in manifest.shards if shard.name == file), None)
+    if shard is None:
+        raise DataError(f"{manifest.dataset} has no file {file}; {_how_to_build(manifest.dataset)}")
+    return _read_checked(storage, manifest.dataset, shard)
+
+
+def read_shard(
+    storage: Storage, manifest: Manifest, number: int, columns: Sequence[str] | None = None, dataset: Dataset | None = None
+) -> pa.Table:
+    """One shard as a table, checked against the manifest and, if given, the dataset's schema."""
+    shard = manifest.shards[number]
+    table = pq.read_table(pa.BufferReader(_read_checked(storage, manifest.dataset, shard)), columns=columns)
+    if dataset is not None and columns is None:
+        dataset.check(table.schema, f"{manifest.dataset} shard {number}")
+    return table
+
+
+def read_rows(
+    storage: Storage, manifest: Manifest, start: int, stop: int, columns: Sequence[str] | None = None
+) -> pa.Table:
+    """Rows [start, stop) in the dataset's order, from the shards that hold them."""
+    pieces = []
+    first = 0
+    for number, shard in enumerate(manifest.shards):
+        low, high = max(start, first), min(stop, first + shard.rows)
+        if low < high or (not pieces and number == len(manifest.shards) - 1):
+            table = read_shard(storage, manifest, number, columns)
+            pieces.append(table.slice(max(0, low - first), max(0, high - low)))
+        first += shard.rows
+    return pa.concat_tables(pieces)
+
+
+def read_table(storage: Storage, manifest: Manifest, columns: Sequence[str] | None = None) -> pa.Table:
+    """The whole dataset in memory: only for what is known to be small."""
+    return read_rows(storage, manifest, 0, manifest.num_rows, columns)
+
+
+def _read_checked(storage: Storage, name: str, shard: Shard) -> bytes:
+    path = f"{name}/{shard.name}"
+    try:
+        data = storage.read_bytes(path)
+    except FileNotFoundError:
+        raise DataError(f"{storage.locate(path)} is in the manifest but not there; {_how_to_build(name)}") from None
+    if len(data) != shard.bytes or hashlib.sha256(data).hexdigest() != shard.sha256:
+        raise DataError(
+            f"{storage.locate(path)} was changed after its manifest was written: {len(data):,} bytes, checksum differs, "
+            f"expected {shard.bytes:,} bytes; {_how_to_build(name)}"
+        )
+    return data
+
+
+# ------------------------------------------------------------------------------------------------ arrays and Arrow
+
+
+def vectors_to_arrow(matrix: NDArray[np.floating]) -> pa.FixedSizeListArray:
+    """[N, width] float32 or float16 as one fixed-size-list column."""
+    values = pa.array(np.ascontiguousarray(matrix).reshape(-1))
+    field = pa.field("element", values.type, nullable=False)
+    return pa.FixedSizeListArray.from_arrays(values, type=pa.list_(field, matrix.shape[1]))
+
+
+def arrow_to_vectors(column: pa.ChunkedArray | pa.FixedSizeListArray) -> NDArray[np.floating]:
+    """A fixed-size-list column as [N, width]."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if isinstance(array, pa.ChunkedArray):
+        array = pa.concat_arrays(array.chunks)
+    values = array.flatten().to_numpy(zero_copy_only=False)
+    return values.reshape(len(array), array.type.list_size)
+
+
+def lists_to_arrow(indptr: NDArray[np.integer], values: NDArray[Any]) -> pa.ListArray:
+    """Row r is values[indptr[r]:indptr[r + 1]], as one list column of non-null elements."""
+    elements = pa.array(values)
+    field = pa.field("element", elements.type, nullable=False)
+    return pa.ListArray.from_arrays(pa.array(indptr, pa.int32()), elements, type=pa.list_(field))
+
+
+def arrow_to_lists(column: pa.ChunkedArray | pa.ListArray) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    """A list column as (indptr [N + 1], values), with indptr from 0."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if isinstance(array, pa.ChunkedArray):
+        array = pa.concat_arrays(array.chunks)
+    offsets = array.offsets.to_numpy().astype(np.int64)
+    values = array.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]]
+    return offsets - offsets[0], values
+
+
+@lru_cache(maxsize=1)
+def code_version() -> str:
+    """The version of this package, kept with every dataset."""
+    try:
+        return packages.version("pinsage-pipeline")
+    except packages.PackageNotFoundError:
+        return "unpackaged"
+
+
+def _how_to_build(name: str) -> str:
+    from pipeline.contracts.schemas import STAGES
+
+    base = name.split("/", 1)[0]
+    stage = next((s.name for s in STAGES if any(base == written.name for written in s.writes)), None)
+    return f"run `pinsage {stage}` to build it" if stage else "run `pinsage run` to build it"
+
+
+def _digest(tree: object) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
