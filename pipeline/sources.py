@@ -1,7 +1,7 @@
 """Kernel of ingest: the user's files to clean, typed Arrow tables, one task at a time.
 
 `plan_*` runs on the driver before work starts: it opens every file, checks its columns and cuts the whole into tasks,
-small JSON-able dicts. `read_*` runs in Spark tasks. A wrong column (missing, of a wrong type, timestamps in another unit)
+small JSON-able dicts. `read_*` runs in Spark tasks. A wrong column (missing, of a wrong type, another unit of time)
 is a DataError at once; a bad row is set aside with its file, row number and reason. Memory: one task's columns.
 """
 
@@ -74,6 +74,16 @@ def plan_items(source: ItemsSource, rows_per_task: int) -> list[dict[str, Any]]:
         head = peek(first, [column.name for column in vectors])
         widths = {column.name: _common_width(head[column.name], column, first.url) for column in vectors}
     return [{**task, "widths": widths} for task in _plan(files, rows_per_task)]
+
+
+def file_of(position: int) -> int:
+    """The number of the file, in the order of the plan, that a position lies in."""
+    return position // FILE_STRIDE
+
+
+def row_of(position: int) -> int:
+    """The row number, from 0, that a position has in its file."""
+    return position % FILE_STRIDE
 
 
 def _plan(files: Sequence[InputFile], rows_per_task: int) -> list[dict[str, Any]]:
