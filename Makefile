@@ -1,0 +1,36 @@
+# `make` alone lists the targets. All but help and clean first run `make setup`, which is quick when nothing has changed.
+#   make test ARGS="-k walks -x"        more arguments for pytest
+#   make setup PYTHON=python3.12        another Python for .venv
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint cluster-test bench clean
+
+PYTHON ?=
+ARGS ?=
+
+help: ## this list
+	@sed -n -E 's/^([a-z-]+):[a-z ]*## (.*)/  make \1\t\2/p' Makefile | expand -t 22
+
+setup: ## everything the rest needs: .venv with pinned packages, and Java 17 or newer
+	@PYTHON='$(PYTHON)' bash infra/setup.sh
+
+demo: setup ## the whole pipeline on a real shop's two years of sales; a few minutes
+	@.venv/bin/pinsage demo $(ARGS)
+
+test: setup ## every test
+	@.venv/bin/python -m pytest $(ARGS)
+
+lint: setup ## ruff and mypy
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy pipeline model jobs tests $$(find infra -name '*.py')
+
+cluster-test: setup ## only the tests that start a Spark master and workers on this machine
+	@.venv/bin/python -m pytest -m cluster $(ARGS)
+
+bench: setup ## time the kernels against their budgets; writes a dated result
+	@test -f infra/bench/run.py || { echo 'There is no benchmark yet: infra/bench/run.py is missing.' >&2; exit 1; }
+	@.venv/bin/python infra/bench/run.py $(ARGS)
+
+clean: ## remove caches, build output and .venv, but not runs/
+	rm -rf .venv .venv.lock .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info spark-warehouse metastore_db derby.log
+	find pipeline model jobs infra tests -name __pycache__ -type d -prune -exec rm -rf {} +
