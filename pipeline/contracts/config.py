@@ -379,7 +379,9 @@ class Resources(Section):
     cache: str | None = None
     """Local folder for memory-mapped copies, shared by the processes of a host; None: one in the temporary folder."""
     rows_per_shard: PositiveInt = 100_000
-    """Rows of a stored shard: what one task holds in memory. Changing it rebuilds datasets."""
+    """Items or users of a stored shard: what one task holds in memory. Changing it rebuilds datasets."""
+    events_per_shard: PositiveInt = 1_000_000
+    """Interactions of a stored shard, as rows_per_shard; their rows are much narrower."""
     threads: PositiveInt = 1
     """CPU threads of one Spark task's numeric work. Enters fingerprints, as float sums depend on it."""
     spark: SparkResources = SparkResources()

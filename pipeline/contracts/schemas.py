@@ -200,7 +200,7 @@ class Stage:
     meaning: str
 
 
-_SHAPE = ("resources.rows_per_shard",)
+_SHAPE = ("resources.rows_per_shard", "resources.events_per_shard")
 _NUMERIC = ("resources.rows_per_shard", "resources.threads")
 
 INGEST = Stage(
@@ -221,7 +221,7 @@ FEATURES_STAGE = Stage(
     "features",
     (ITEMS, CONTENT),
     (FEATURES, ENCODERS),
-    ("task.seed", "task.features", *_NUMERIC),
+    ("task.seed", "task.data.items", "task.features", *_NUMERIC),
     "encode item content to vectors",
 )
 WALKS = Stage(

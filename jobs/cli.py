@@ -1,0 +1,183 @@
+"""The `pinsage` command: every stage, run, status, query, init, settings and the demo."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from jobs.stage import ForceOption, OverrideOption, SettingsOption, exit_codes, lineage_of, run_stages, stage_named
+from pipeline import report
+from pipeline.contracts import schemas
+from pipeline.contracts.config import Settings, load_settings, reference
+from pipeline.contracts.datasets import RECEIPTS, find_manifest, open_manifest, read_file, read_table
+from pipeline.contracts.errors import DataError, SettingsError
+from pipeline.contracts.storage import Storage
+
+DEMO = Path(__file__).resolve().parent.parent / "infra" / "settings" / "online-retail.yaml"
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="""PinSage in production: interactions and item content in, an embedding for every item and a tested
+    nearest-neighbour index out.
+
+    Start with `pinsage init interactions.parquet --items items.parquet`, read the settings file it writes, then
+    `pinsage run -s pinsage.yaml`. An interrupted command goes on where it was when you type it again.""",
+)
+console = Console(highlight=False)
+
+
+def main() -> None:
+    """Entry point of the `pinsage` command."""
+    app()
+
+
+def _add_stage(name: str, meaning: str) -> None:
+    def command(settings: SettingsOption = "pinsage.yaml", override: OverrideOption = None, force: ForceOption = False) -> None:
+        with exit_codes():
+            run_stages([stage_named(name)], load_settings(settings, override or ()), force=force)
+
+    stage = stage_named(name)
+    reads = ", ".join(dataset.name for dataset in stage.reads) or "your files"
+    writes = ", ".join(dataset.name for dataset in stage.writes)
+    help_text = f"{meaning.capitalize()}.\n\nReads {reads}; writes {writes}."
+    app.command(name, help=help_text, rich_help_panel="Stages, in order")(command)
+
+
+for _stage in schemas.STAGES:
+    _add_stage(_stage.name, _stage.meaning)
+
+
+@app.command(rich_help_panel="The whole pipeline")
+def run(settings: SettingsOption = "pinsage.yaml", override: OverrideOption = None, force: ForceOption = False) -> None:
+    """Run every stage in order, skipping what is up to date, and print how good the result is."""
+    with exit_codes():
+        loaded = load_settings(settings, override or ())
+        run_stages(schemas.STAGES, loaded, force=force)
+        show_results(loaded)
+
+
+@app.command(rich_help_panel="The whole pipeline")
+def demo(override: OverrideOption = None) -> None:
+    """Run the pipeline on the bundled Online Retail data: a real shop's two years of invoices."""
+    with exit_codes():
+        loaded = load_settings(str(DEMO), override or ())
+        run_stages(schemas.STAGES, loaded)
+        show_results(loaded)
+        settings = DEMO.relative_to(Path.cwd()) if DEMO.is_relative_to(Path.cwd()) else DEMO
+        console.print(f"\nNext: .venv/bin/pinsage query 85123A --settings {settings}")
+
+
+@app.command(rich_help_panel="Looking at a run")
+def status(settings: SettingsOption = "pinsage.yaml", override: OverrideOption = None) -> None:
+    """Show every dataset of the run: state, rows, bytes, when it was made and by which settings."""
+    with exit_codes():
+        loaded = load_settings(settings, override or ())
+        storage = Storage(loaded.resources.run)
+        table = Table("stage", "dataset", "state", "rows", "bytes", "made", "settings", title=storage.url, title_style="bold")
+        for column in (3, 4):
+            table.columns[column].justify = "right"
+        for stage in schemas.STAGES:
+            wanted = _fingerprint(storage, stage, loaded)
+            for dataset in stage.writes:
+                table.add_row(stage.name if dataset is stage.writes[0] else "", dataset.name, *_state(storage, dataset, wanted))
+        console.print(table)
+        console.print(
+            "ready: made from the present settings and inputs; changed: made from others, the next run builds it again;\n"
+            "building: interrupted, the next run goes on; missing: never made. settings: the fingerprint of all it depends on."
+        )
+
+
+@app.command(rich_help_panel="Looking at a run")
+def query(
+    item_key: Annotated[str, typer.Argument(help="The item's key, as in your data.")],
+    k: Annotated[int, typer.Option("-k", min=1, help="How many neighbours.")] = 10,
+    settings: SettingsOption = "pinsage.yaml",
+    override: OverrideOption = None,
+) -> None:
+    """Print the nearest neighbours of an item, with scores and titles."""
+    with exit_codes():
+        from pipeline.index import Index
+
+        storage = Storage(load_settings(settings, override or ()).resources.run)
+        keys, scores = Index.open(storage).neighbours(item_key, k)
+        nodes = read_table(storage, open_manifest(storage, schemas.ITEMS), ["key", "title"])
+        titles = dict(zip(nodes.column("key").to_pylist(), nodes.column("title").to_pylist(), strict=True))
+        table = Table("", "score", "key", "title", title=escape(f"{item_key}  {titles.get(item_key) or ''}"), title_style="bold")
+        for place, (key, score) in enumerate(zip(keys, scores, strict=True), 1):
+            table.add_row(str(place), f"{score:.3f}", escape(key), escape(titles.get(key) or ""))
+        console.print(table)
+
+
+@app.command(rich_help_panel="Setting up")
+def init(
+    data: Annotated[str, typer.Argument(help="Interactions: a Parquet, CSV or JSON-lines file.")],
+    items: Annotated[str | None, typer.Option(help="Item content: a file of the same kinds.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the settings.")] = Path("pinsage.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Write over an existing file.")] = False,
+) -> None:
+    """Look at your files and write a commented settings file with guesses to check."""
+    with exit_codes():
+        from pipeline.guess import guess_settings
+
+        if output.exists() and not force:
+            raise SettingsError(f"{output} exists; give --output another name, or --force to write over it")
+        text = guess_settings(data, items)
+        try:
+            output.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise SettingsError(f"cannot write {output}: {error.strerror}; give --output another place") from None
+        console.print(f"wrote {output}: check its guesses, then\n  pinsage run --settings {output}")
+
+
+@app.command("settings", rich_help_panel="Setting up")
+def settings_reference(
+    search: Annotated[str, typer.Argument(help="Only names and descriptions with this text.")] = "",
+) -> None:
+    """Print every setting: name, type, default and what it is for."""
+    for name, kind, default, meaning in reference():
+        if search.lower() in f"{name} {meaning}".lower():
+            console.print(f"[bold]{name}[/]  [dim]{escape(kind)}, {'' if default == 'required' else 'default '}{escape(default)}[/]")
+            if meaning:
+                console.print(f"    {escape(meaning)}", soft_wrap=True)
+
+
+def show_results(settings: Settings) -> None:
+    """The evaluation table, some items' neighbours, and where the report lies."""
+    storage = Storage(settings.resources.run)
+    metrics = json.loads(read_file(storage, open_manifest(storage, schemas.EVALUATION), "metrics.json"))
+    console.print()
+    for part in report.terminal(metrics):
+        console.print(part)
+    console.print(f"\nreport: {storage.locate(f'{schemas.EVALUATION.name}/report.html')}", soft_wrap=True)
+
+
+def _fingerprint(storage: Storage, stage: schemas.Stage, settings: Settings) -> str | None:
+    """What the stage's outputs should be made from now; None while an input is missing."""
+    try:
+        return lineage_of(storage, stage, settings).fingerprint
+    except DataError:
+        return None
+
+
+def _state(storage: Storage, dataset: schemas.Dataset, wanted: str | None) -> tuple[str, str, str, str, str]:
+    manifest = find_manifest(storage, dataset)
+    if manifest is None:
+        state = "[yellow]building[/]" if storage.names(f"{dataset.name}/{RECEIPTS}") else "[red]missing[/]"
+        return state, "", "", "", ""
+    found = manifest.lineage.fingerprint
+    made = datetime.datetime.fromtimestamp(manifest.created_at).strftime("%Y-%m-%d %H:%M:%S")
+    state = "[green]ready[/]" if found == wanted else "[yellow]changed[/]"
+    return state, f"{manifest.num_rows:,}", f"{manifest.num_bytes:,}", made, found[:10]
+
+
+if __name__ == "__main__":
+    main()

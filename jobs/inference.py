@@ -1,0 +1,32 @@
+"""`spark-submit jobs/inference.py --settings FILE`: hands the exported network to the stage `inference`.
+
+The only place where `model` and `pipeline` meet: pipeline/inference.py gets array functions, not torch.
+"""
+
+from __future__ import annotations
+
+import json
+
+from pyspark.sql import SparkSession
+
+from model.export import load_exported
+from pipeline import inference
+from pipeline.contracts import schemas
+from pipeline.contracts.config import Settings
+from pipeline.contracts.datasets import Lineage, open_manifest, read_file
+from pipeline.contracts.storage import Storage
+
+
+def run_inference(spark: SparkSession, storage: Storage, settings: Settings, lineage: Lineage) -> None:
+    """Load the trained network and embed every item with it."""
+    manifest = open_manifest(storage, schemas.MODEL)
+    description = json.loads(read_file(storage, manifest, "model.json"))
+    network = load_exported(read_file(storage, manifest, "model.safetensors"), description)
+    network.set_threads(settings.resources.threads)
+    inference.run(spark, storage, settings, lineage, network)
+
+
+if __name__ == "__main__":
+    from jobs.stage import main
+
+    main("inference")

@@ -1,0 +1,24 @@
+"""torchrun that dies with whoever started it, so that a killed `pinsage run` leaves no trainer writing.
+
+`python -m jobs.launch --standalone --nproc-per-node=2 --module jobs.train --settings FILE`; the arguments are torchrun's.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from model.distributed import die_with_parent
+
+
+def main() -> None:
+    """Tie this process to its parent, then be torchrun."""
+    die_with_parent()
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    from torch.distributed.run import main as torchrun
+
+    torchrun(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    main()

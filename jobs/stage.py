@@ -1,0 +1,162 @@
+"""How a job runs a stage: settings, lineage, session, run, exit code.
+
+`spark-submit jobs/walks.py --settings FILE` and `pinsage walks --settings FILE` both end here. A stage whose outputs were
+made from the same settings and inputs is skipped; errors that the user can mend are one message and exit code 1.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Annotated
+
+import typer
+from pyspark.sql import SparkSession
+from rich.console import Console
+
+from model.trainer import lineage as training_lineage
+from pipeline import ingest
+from pipeline.contracts import schemas
+from pipeline.contracts.config import Settings, dump_settings, load_settings
+from pipeline.contracts.datasets import Lineage, begin, is_up_to_date, trace
+from pipeline.contracts.errors import PipelineError, ResourceError
+from pipeline.contracts.schemas import Stage
+from pipeline.contracts.storage import Storage
+from pipeline.spark import check_port, session
+
+RESOLVED = "settings.yaml"
+"""The resolved settings, kept in the run's folder."""
+
+console = Console(stderr=True, highlight=False)
+
+SettingsOption = Annotated[
+    str, typer.Option("--settings", "-s", envvar="PINSAGE_SETTINGS", help="Settings file: a path or any fsspec URL.")
+]
+OverrideOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a setting: dotted.key=value, for example task.walks.num_walks=500. Repeatable."),
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Build again even if nothing changed.")]
+
+
+def main(name: str) -> None:
+    """Run one stage as a job of its own: what spark-submit calls."""
+
+    def job(settings: SettingsOption = "pinsage.yaml", override: OverrideOption = None, force: ForceOption = False) -> None:
+        with exit_codes():
+            run_stages([stage_named(name)], load_settings(settings, override or ()), force=force)
+
+    stage = stage_named(name)
+    job.__doc__ = f"{stage.meaning.capitalize()}."
+    typer.run(job)
+
+
+def stage_named(name: str) -> Stage:
+    """The stage of that name."""
+    return next(stage for stage in schemas.STAGES if stage.name == name)
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """Turn errors that the user can mend into one message and exit code 1, an interrupt into 130."""
+    try:
+        yield
+    except PipelineError as error:
+        console.print(f"[bold red]error:[/] {_plain(str(error))}", soft_wrap=True)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on from the last finished shard", soft_wrap=True)
+        raise SystemExit(130) from None
+
+
+def run_stages(stages: Sequence[Stage], settings: Settings, force: bool = False) -> list[str]:
+    """Run the stages in order, skipping what is up to date; returns the names of those that ran.
+
+    Everything that can be checked without work is checked first: the run's folder can be written, ports are free.
+    """
+    storage = Storage(settings.resources.run)
+    storage.check_writable()
+    if settings.resources.spark.driver_port:
+        check_port(settings.resources.spark.driver_port, "resources.spark.driver_port")
+    if schemas.TRAIN in stages and settings.resources.training.master_port:
+        check_port(settings.resources.training.master_port, "resources.training.master_port")
+    storage.write_bytes(RESOLVED, dump_settings(settings).encode())
+    ran, spark = [], _LazySession(settings)
+    try:
+        for stage in stages:
+            lineage = lineage_of(storage, stage, settings)
+            if force:
+                for dataset in stage.writes:
+                    begin(storage, dataset)
+            elif is_up_to_date(storage, stage, lineage):
+                console.print(f"{stage.name}: up to date")
+                continue
+            started = time.monotonic()
+            console.print(f"[bold]{stage.name}[/]: {stage.meaning}")
+            if stage is schemas.TRAIN:
+                _train(settings)
+            else:
+                _runner(stage)(spark(), storage, settings, lineage)
+            ran.append(stage.name)
+            console.print(f"{stage.name}: done in {time.monotonic() - started:.1f} s")
+    finally:
+        spark.stop()
+    return ran
+
+
+def lineage_of(storage: Storage, stage: Stage, settings: Settings) -> Lineage:
+    """What the stage's outputs depend on now."""
+    if stage is schemas.TRAIN:
+        return training_lineage(storage, settings, settings.resources.training.ranks)
+    return trace(storage, stage, settings, ingest.inputs(settings.task.data) if stage is schemas.INGEST else None)
+
+
+def _runner(stage: Stage) -> Callable[[SparkSession, Storage, Settings, Lineage], None]:
+    if stage is schemas.INFERENCE:
+        from jobs.inference import run_inference
+
+        return run_inference
+    run: Callable[[SparkSession, Storage, Settings, Lineage], None] = import_module(f"pipeline.{stage.name}").run
+    return run
+
+
+def _train(settings: Settings) -> None:
+    """Train in processes of their own, as a cluster would: torchrun starts the ranks on this host."""
+    training = settings.resources.training
+    meeting = ["--standalone"]
+    if training.master_port:
+        meeting = ["--nnodes=1", "--master-addr=127.0.0.1", f"--master-port={training.master_port}"]
+    resolved = f"{settings.resources.run.rstrip('/')}/{RESOLVED}"
+    command = [sys.executable, "-m", "jobs.launch", *meeting, f"--nproc-per-node={training.ranks}", "--module", "jobs.train"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(training.threads)}
+    finished = subprocess.run([*command, "--settings", resolved], env=environment, check=False)
+    if finished.returncode:
+        raise ResourceError(f"training ended with exit code {finished.returncode}; its message is above")
+
+
+class _LazySession:
+    """Spark, started when the first stage needs it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._spark: SparkSession | None = None
+
+    def __call__(self) -> SparkSession:
+        if self._spark is None:
+            self._spark = session(self._settings.resources.spark, self._settings.task.name)
+        return self._spark
+
+    def stop(self) -> None:
+        """Stop Spark if it was started."""
+        if self._spark is not None:
+            self._spark.stop()
+
+
+def _plain(text: str) -> str:
+    """Text that rich must not read as mark-up."""
+    return text.replace("[", "\\[")

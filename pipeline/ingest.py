@@ -1,0 +1,367 @@
+"""Raw files to clean interactions, users, items and content, all with dense ids.
+
+Reads the user's files; writes INTERACTIONS, USERS, ITEMS, CONTENT and QUARANTINE. Files are read once, in Python tasks
+that set bad rows aside; Spark then sorts the keys (ids are ranks, so they do not depend on partitions), joins ids to
+events and shuffles them to their shards. Memory: one file chunk or one shard per task; nothing on the driver but counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyspark import StorageLevel, TaskContext
+from pyspark.sql import DataFrame, SparkSession, Window
+from pyspark.sql import functions as F
+
+from pipeline import sources
+from pipeline.contracts import schemas
+from pipeline.contracts.config import Data, Settings, Split
+from pipeline.contracts.datasets import (
+    Lineage,
+    Manifest,
+    Shard,
+    begin,
+    commit,
+    finished_shard,
+    open_manifest,
+    read_shard,
+    read_table,
+    write_shard,
+)
+from pipeline.contracts.errors import DataError
+from pipeline.contracts.sharding import MAX_IDS, count_shards
+from pipeline.contracts.storage import Storage, describe_inputs
+from pipeline.spark import Task, frame, read_dataset, run_tasks, write_shards
+
+TRAIN, VALIDATION, TEST = 0, 1, 2
+EVENTS, EVENTS_BAD = "ingest/events", "ingest/events-quarantine"
+CATALOGUE, CATALOGUE_BAD = "ingest/catalogue", "ingest/catalogue-quarantine"
+_BUCKETS = 1 << 16
+
+
+def inputs(data: Data) -> dict[str, str]:
+    """What ingest reads besides settings: the user's files by size and time stamp, and the ids of an earlier run.
+
+    Raises DataError if a path names nothing.
+    """
+    found = {}
+    for source in (data.interactions, data.items):
+        for path in () if source is None else source.paths:
+            try:
+                files = describe_inputs(path)
+            except FileNotFoundError:
+                raise DataError(f"{path}: there is no such file; check `paths` in the settings") from None
+            for number, file in enumerate(files):
+                found[f"file {path} {number}"] = f"{file['bytes']} bytes, {file['stamp']}"
+    if data.previous is not None:
+        earlier = Storage(data.previous)
+        found |= {f"previous {d.name}": open_manifest(earlier, d).content for d in (schemas.USERS, schemas.ITEMS)}
+    return found
+
+
+def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Lineage) -> None:
+    """Read, clean, number, split and store everything that later stages need of the user's files."""
+    data, rows_per_shard = settings.task.data, settings.resources.rows_per_shard
+    for dataset in schemas.INGEST.writes:
+        begin(storage, dataset)
+    events_plan = sources.plan_interactions(data.interactions, settings.resources.events_per_shard)
+    items_plan = [] if data.items is None else sources.plan_items(data.items, rows_per_shard)
+
+    events, dropped = _clean(spark, storage, lineage, events_plan, EVENTS, EVENTS_BAD, data, "ingest: read interactions")
+    catalogue, _ = _clean(spark, storage, lineage, items_plan, CATALOGUE, CATALOGUE_BAD, data, "ingest: read items")
+    repeated = _repeated_items(spark, storage, catalogue, items_plan)
+    quarantine = _store_quarantine(storage, lineage, repeated)
+    _check_share(storage, quarantine, events_plan + items_plan, events.num_rows + catalogue.num_rows, data)
+    if not events.num_rows:
+        raise DataError(f"{', '.join(data.interactions.paths)}: no interaction is left to learn from")
+
+    rows = read_dataset(spark, storage, events, events.metadata["columns"])
+    listed = _first_of_each_key(read_dataset(spark, storage, catalogue, ["item_key", "title", "position"])) if items_plan else None
+    known, unknown = _known_events(rows, listed, data)
+    known = known.persist(StorageLevel.MEMORY_AND_DISK)
+    earlier = None if data.previous is None else Storage(data.previous)
+    users = _number(spark, known.select(F.col("user_key").alias("key")).distinct(), earlier, schemas.USERS)
+    item_keys = known.select(F.col("item_key").alias("key")).distinct()
+    if listed is not None:
+        item_keys = item_keys.union(listed.select(F.col("item_key").alias("key"))).distinct()
+    items = _number(spark, item_keys, earlier, schemas.ITEMS)
+
+    numbered = (
+        known.join(users.rows.select(F.col("key").alias("user_key"), F.col("id").alias("user_id")), "user_key")
+        .join(items.rows.select(F.col("key").alias("item_key"), F.col("id").alias("item_id")), "item_key")
+        .select("user_id", "item_id", "timestamp", "position", "weight")
+    )
+    split, split_report = _split(numbered, settings.task.split, settings.task.seed)
+    split = split.persist(StorageLevel.MEMORY_AND_DISK)
+    num_shards = min(count_shards(events.num_rows, settings.resources.events_per_shard), users.count)
+    shards = write_shards(
+        split.withColumn("id", F.col("user_id")), users.count, num_shards, storage, schemas.INTERACTIONS,
+        lineage, _interactions, "ingest: write interactions",
+    )  # fmt: skip
+    counts = {row["split"]: row["count"] for row in split.groupBy("split").count().collect()}
+    if not counts.get(TRAIN):
+        raise DataError(f"the split leaves no training interaction: {split_report}; make task.split.test smaller")
+    report = {
+        "read": events.num_rows + dropped, "weightless": dropped, **unknown, **split_report,
+        "train": counts.get(TRAIN, 0), "validation": counts.get(VALIDATION, 0), "test": counts.get(TEST, 0),
+    }  # fmt: skip
+    for dataset, side, other, numbers, titles in (
+        (schemas.USERS, "user_id", "item_id", users, None),
+        (schemas.ITEMS, "item_id", "user_id", items, listed),
+    ):
+        stored = _store_nodes(storage, dataset, lineage, split, side, other, numbers, titles, rows_per_shard)
+        commit(storage, dataset, stored, lineage, {"new": numbers.count - numbers.earlier})
+    _store_content(spark, storage, lineage, catalogue if items_plan else None, items, rows_per_shard)
+    commit(storage, schemas.INTERACTIONS, shards, lineage, report)
+    for cached in (known, split, users.rows, items.rows):
+        cached.unpersist()
+    storage.delete("ingest")
+
+
+# ------------------------------------------------------------------------------------------------ cleaning
+
+
+def _clean(
+    spark: SparkSession, storage: Storage, lineage: Lineage, plan: Sequence[Task], good_name: str, bad_name: str,
+    data: Data, label: str,
+) -> tuple[Manifest, int]:  # fmt: skip
+    """Read every piece of the plan into a shard of clean rows and one of bad rows; also counts rows of weight 0."""
+
+    def work(task: Task) -> Task:
+        number = task["number"]
+        good, bad = (finished_shard(storage, name, number, lineage) for name in (good_name, bad_name))
+        weightless = 0
+        if good is None or bad is None:
+            if good_name == EVENTS:
+                rows, rejected, weightless = sources.read_interactions(task, data.interactions)
+            else:
+                assert data.items is not None
+                rows, rejected = sources.read_items(task, data.items)
+            good = write_shard(storage, good_name, number, rows, lineage)
+            bad = write_shard(storage, bad_name, number, rejected, lineage)
+        return {"good": asdict(good), "bad": asdict(bad), "weightless": weightless}
+
+    results = run_tasks(spark, [{**task, "number": number} for number, task in enumerate(plan)], work, label)
+    columns = ["user_key", "item_key", "timestamp", "position", "weight"] if good_name == EVENTS else []
+    commit(storage, bad_name, (Shard(**result["bad"]) for result in results), lineage)
+    good_shards = (Shard(**result["good"]) for result in results)
+    weightless = sum(result["weightless"] for result in results)
+    return commit(storage, good_name, good_shards, lineage, {"columns": columns}), weightless
+
+
+def _repeated_items(spark: SparkSession, storage: Storage, catalogue: Manifest, plan: Sequence[Task]) -> pa.Table:
+    """Quarantine rows for every catalogue row whose key an earlier row has."""
+    if not catalogue.num_rows:
+        return schemas.QUARANTINE.arrow.empty_table()
+    rows = read_dataset(spark, storage, catalogue, ["item_key", "position"])
+    order = Window.partitionBy("item_key").orderBy("position")
+    ranked = rows.withColumn("place", F.row_number().over(order)).withColumn("first", F.first("position").over(order))
+    repeated = ranked.where("place > 1").orderBy("position").limit(100_000).collect()
+    urls = {task["position"] // sources.FILE_STRIDE: task["url"] for task in plan}
+    found = []
+    for row in repeated:
+        key, (first_file, first_row) = row["item_key"], divmod(row["first"], sources.FILE_STRIDE)
+        file, number = divmod(row["position"], sources.FILE_STRIDE)
+        reason = f"item key {key!r} is already in row {first_row} of {urls[first_file]}; keys must be unique"
+        found.append({"source": urls[file], "row": number, "reason": reason, "values": key})
+    return pa.Table.from_pylist(found, schema=schemas.QUARANTINE.arrow)
+
+
+def _first_of_each_key(catalogue: DataFrame) -> DataFrame:
+    order = Window.partitionBy("item_key").orderBy("position")
+    return catalogue.withColumn("place", F.row_number().over(order)).where("place = 1").drop("place")
+
+
+def _store_quarantine(storage: Storage, lineage: Lineage, repeated: pa.Table) -> pa.Table:
+    """Commit all bad rows as one dataset and return them without their values."""
+    tables = [repeated]
+    for name in (EVENTS_BAD, CATALOGUE_BAD):
+        manifest = open_manifest(storage, name)
+        if manifest.num_rows:
+            tables.append(read_table(storage, manifest))
+    bad = pa.concat_tables(tables).sort_by([("source", "ascending"), ("row", "ascending"), ("reason", "ascending")])
+    reasons = bad.group_by("reason").aggregate([("row", "count")]).sort_by([("row_count", "descending"), ("reason", "ascending")])
+    shard = write_shard(storage, schemas.QUARANTINE, 0, bad, lineage)
+    commit(storage, schemas.QUARANTINE, [shard], lineage, {"reasons": reasons.slice(0, 20).to_pylist()})
+    return bad.drop_columns(["values"])
+
+
+def _check_share(storage: Storage, bad: pa.Table, plan: Sequence[Task], num_good: int, data: Data) -> None:
+    total = num_good + bad.num_rows
+    if not total:
+        raise DataError(f"{', '.join(task['url'] for task in plan)}: no rows; give files that hold interactions")
+    if bad.num_rows > data.max_quarantined_share * total:
+        first = bad.slice(0, 5).to_pylist()
+        lines = [f"  {row['source']} row {row['row']}: {row['reason']}" for row in first]
+        raise DataError(
+            f"{bad.num_rows:,} of {total:,} rows are bad, more than task.data.max_quarantined_share "
+            f"({data.max_quarantined_share:.2%}) allows; the first:\n" + "\n".join(lines) + "\n"
+            f"  all of them, with reasons: {storage.locate(schemas.QUARANTINE.name)}; mend the files or raise the share"
+        )
+
+
+def _known_events(events: DataFrame, catalogue: DataFrame | None, data: Data) -> tuple[DataFrame, dict[str, Any]]:
+    """Events of items in the catalogue, and what is to be said of the others."""
+    if catalogue is None:
+        return events, {"unknown_items": 0, "events_of_unknown_items": 0}
+    keys = catalogue.select("item_key")
+    strangers = events.join(keys, "item_key", "left_anti").groupBy("item_key").count().persist()
+    total = strangers.agg(F.count("item_key"), F.coalesce(F.sum("count"), F.lit(0))).collect()[0]
+    examples = [row["item_key"] for row in strangers.orderBy(F.desc("count"), "item_key").limit(5).collect()]
+    strangers.unpersist()
+    report = {"unknown_items": total[0], "events_of_unknown_items": total[1], "unknown_item_examples": examples}
+    if data.unknown_items == "add":
+        return events, report
+    known = events.join(keys, "item_key", "left_semi")
+    if total[1] and not known.take(1):
+        some = [row["item_key"] for row in keys.limit(3).collect()]
+        raise DataError(
+            f"no interaction names an item of the catalogue: interactions have keys such as {examples[:3]}, the "
+            f"catalogue has {some}; check task.data.items.key and task.data.interactions.item"
+        )
+    return known, report
+
+
+# ------------------------------------------------------------------------------------------------ ids
+
+
+class _Numbered:
+    """Keys with their ids, how many there are, and how many of them an earlier run had."""
+
+    def __init__(self, rows: DataFrame, count: int, earlier: int) -> None:
+        self.rows, self.count, self.earlier = rows, count, earlier
+
+
+def _number(spark: SparkSession, keys: DataFrame, earlier: Storage | None, dataset: schemas.Dataset) -> _Numbered:
+    """Give every key its rank among the new keys, after the ids of the earlier run, which are kept."""
+    old, num_old = None, 0
+    if earlier is not None:
+        manifest = open_manifest(earlier, dataset)
+        old, num_old = read_dataset(spark, earlier, manifest, ["key", "id"]), manifest.num_rows
+        keys = keys.join(old.select("key"), "key", "left_anti")
+    partitions = int(spark.conf.get("spark.sql.shuffle.partitions") or "8")
+    ranged = keys.repartitionByRange(partitions, "key").sortWithinPartitions("key").persist(StorageLevel.DISK_ONLY)
+    sizes = {row[0]: row[1] for row in ranged.groupBy(F.spark_partition_id()).count().collect()}
+    total = num_old + sum(sizes.values())
+    if total > MAX_IDS:
+        raise DataError(
+            f"{total:,} {dataset.name}: ids are 32-bit (half the memory of every graph and neighbour table), so at most "
+            f"{MAX_IDS:,} fit; split the catalogue or drop {dataset.name} that are never used"
+        )
+    offsets, before = {}, num_old
+    for partition in sorted(sizes):
+        offsets[partition] = before
+        before += sizes[partition]
+
+    def enumerate_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        context = TaskContext.get()
+        assert context is not None
+        next_id = offsets.get(context.partitionId(), 0)
+        for batch in batches:
+            ids = pa.array(np.arange(next_id, next_id + batch.num_rows), pa.int64())
+            next_id += batch.num_rows
+            yield pa.RecordBatch.from_arrays([batch.column(0), ids], ["key", "id"])
+
+    rows = ranged.mapInArrow(enumerate_rows, "key string, id long")
+    rows = rows if old is None else old.select("key", "id").union(rows)
+    return _Numbered(rows.persist(StorageLevel.MEMORY_AND_DISK), total, num_old)
+
+
+def _store_nodes(
+    storage: Storage, dataset: schemas.Dataset, lineage: Lineage, events: DataFrame, side: str, other: str,
+    numbers: _Numbered, titles: DataFrame | None, rows_per_shard: int,
+) -> list[Shard]:  # fmt: skip
+    """Write users or items: keys by id, with degree and first sight in the training period only."""
+    seen = (
+        events.where(F.col("split") == TRAIN)
+        .groupBy(F.col(side).alias("id"))
+        .agg(F.countDistinct(other).alias("degree"), F.min("timestamp").alias("first_seen"))
+    )
+    nodes = numbers.rows.join(seen, "id", "left").select(
+        "key", "id", F.coalesce("degree", F.lit(0)).alias("degree"), F.coalesce("first_seen", F.lit(-1)).alias("first_seen")
+    )
+    if dataset is schemas.ITEMS:
+        if titles is None:
+            nodes = nodes.withColumn("title", F.lit(None).cast("string"))
+        else:
+            nodes = nodes.join(titles.select(F.col("item_key").alias("key"), "title"), "key", "left")
+            nodes = nodes.select("key", "id", "degree", "first_seen", "title")
+
+    def finish(_: int, group: pa.Table) -> pa.Table:
+        return group.sort_by("id").cast(dataset.arrow)
+
+    num_shards = count_shards(numbers.count, rows_per_shard)
+    return write_shards(nodes, numbers.count, num_shards, storage, dataset, lineage, finish, f"ingest: write {dataset.name}")
+
+
+def _store_content(
+    spark: SparkSession, storage: Storage, lineage: Lineage, catalogue: Manifest | None, items: _Numbered,
+    rows_per_shard: int,
+) -> None:  # fmt: skip
+    """Write the content columns by item id; an item without content has nulls."""
+    num_shards = count_shards(items.count, rows_per_shard)
+    if catalogue is None:
+        rows, columns = items.rows.select("id"), pa.schema([])
+    else:
+        stored_columns = read_shard(storage, catalogue, 0).schema
+        columns = pa.schema([field for field in stored_columns if field.name not in ("item_key", "title", "position")])
+        wanted = ["item_key", "position", *columns.names]
+        listed = _first_of_each_key(read_dataset(spark, storage, catalogue, wanted))
+        rows = items.rows.withColumnRenamed("key", "item_key").join(listed, "item_key", "left").drop("item_key", "position")
+    schema = pa.schema([pa.field("id", pa.uint32()), *columns])
+
+    def finish(_: int, group: pa.Table) -> pa.Table:
+        return group.sort_by("id").select(schema.names).cast(schema)
+
+    stored = write_shards(rows, items.count, num_shards, storage, schemas.CONTENT, lineage, finish, "ingest: write content")
+    commit(storage, schemas.CONTENT, stored, lineage, {"columns": columns.names})
+
+
+# ------------------------------------------------------------------------------------------------ split
+
+
+def _split(events: DataFrame, split: Split, seed: int) -> tuple[DataFrame, dict[str, Any]]:
+    """Mark every event as train, validation or test, and say how."""
+    if split.kind == "temporal":
+        validation_from, test_from = _moments(events, split)
+        column = F.when(F.col("timestamp") >= test_from, TEST).when(F.col("timestamp") >= validation_from, VALIDATION)
+        report = {"split": "temporal", "validation_from": validation_from, "test_from": test_from}
+        return events.withColumn("split", column.otherwise(TRAIN)), report
+    if split.kind == "leave_last_out":
+        latest = Window.partitionBy("user_id").orderBy(F.desc("timestamp"), F.desc("position"))
+        size = F.count(F.lit(1)).over(Window.partitionBy("user_id"))
+        held = int(split.validation + split.test)
+        place = F.row_number().over(latest)
+        column = F.when((size <= held) | (place > held), TRAIN).when(place <= int(split.test), TEST).otherwise(VALIDATION)
+        return events.withColumn("split", column), {"split": "leave_last_out"}
+    draw = F.pmod(F.xxhash64(F.lit(seed), "position"), F.lit(1 << 30)) / F.lit(float(1 << 30))
+    column = F.when(draw < split.test, TEST).when(draw < split.test + split.validation, VALIDATION).otherwise(TRAIN)
+    return events.withColumn("split", column), {"split": "random"}
+
+
+def _moments(events: DataFrame, split: Split) -> tuple[int, int]:
+    """The two moments that cut off the last shares of events, to 1/65536 of the time span, from a histogram."""
+    first, last = events.agg(F.min("timestamp"), F.max("timestamp")).collect()[0]
+    width = max(1, -(-(last - first + 1) // _BUCKETS))
+    bucket = F.floor((F.col("timestamp") - first) / width).cast("long").alias("bucket")
+    histogram = sorted((row["bucket"], row["count"]) for row in events.groupBy(bucket).count().collect())
+    buckets = np.array([b for b, _ in histogram])
+    before = np.cumsum([0] + [count for _, count in histogram])
+    total = before[-1]
+
+    def moment(share: float) -> int:
+        """Start of the first bucket with at most this share of events from it on; past the end if even one is more."""
+        fits = np.flatnonzero(total - before <= share * total)
+        place = int(fits[0])
+        return int(first + width * (buckets[place] if place < len(buckets) else buckets[-1] + 1))
+
+    return moment(split.validation + split.test), moment(split.test)
+
+
+def _interactions(_: int, group: pa.Table) -> pa.Table:
+    ordered = group.sort_by([("user_id", "ascending"), ("timestamp", "ascending"), ("position", "ascending")])
+    return ordered.select(schemas.INTERACTIONS.arrow.names).cast(schemas.INTERACTIONS.arrow)

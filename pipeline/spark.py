@@ -1,0 +1,307 @@
+"""The Spark session, tasks over shards, and shuffled rows to shards.
+
+Spark schedules, shuffles and retries; bulk data stays outside the JVM: Python tasks read and write whole columnar
+shards through `contracts.datasets`. A task is a small dict that says which shard to make; its result is a small dict
+that says what was made. Errors that the user can mend travel back as messages, not as Java stack traces.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+from pyspark.errors import PySparkException
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql import types as T
+from pyspark.sql.pandas.types import from_arrow_schema, to_arrow_schema
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from pipeline.contracts import errors
+from pipeline.contracts.config import SparkResources
+from pipeline.contracts.datasets import Lineage, Manifest, Shard, read_shard, write_shard
+from pipeline.contracts.errors import PipelineError, ResourceError
+from pipeline.contracts.schemas import Dataset
+from pipeline.contracts.storage import Storage
+
+Task = dict[str, Any]
+_RESULT = T.StructType([T.StructField("task", T.IntegerType()), T.StructField("result", T.StringType())])
+
+
+def session(resources: SparkResources, name: str) -> SparkSession:
+    """Start or find the session. Settings given to spark-submit win over ours.
+
+    Raises ResourceError if the driver's port is taken, or if Java or the master cannot be reached.
+    """
+    if resources.driver_port:
+        check_port(resources.driver_port, "resources.spark.driver_port")
+    submitted = bool(os.environ.get("SPARK_ENV_LOADED") or os.environ.get("PYSPARK_GATEWAY_PORT"))
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    builder = SparkSession.builder.appName(name)
+    if resources.master and not submitted:
+        builder = builder.master(resources.master)
+        if resources.master.startswith("local"):
+            builder = builder.config("spark.driver.bindAddress", "127.0.0.1").config("spark.driver.host", "127.0.0.1")
+    conf = {
+        "spark.driver.memory": resources.driver_memory,
+        "spark.sql.shuffle.partitions": str(resources.shuffle_partitions),
+        "spark.default.parallelism": str(resources.shuffle_partitions),
+        "spark.sql.session.timeZone": "UTC",
+        "spark.sql.adaptive.enabled": "false",
+        "spark.sql.execution.arrow.pyspark.enabled": "true",
+        "spark.sql.execution.arrow.maxRecordsPerBatch": "100000",
+        "spark.ui.enabled": "false",
+        "spark.ui.showConsoleProgress": "false",
+        "spark.python.worker.reuse": "true",
+        **({"spark.driver.port": str(resources.driver_port)} if resources.driver_port else {}),
+        **resources.conf,
+    }
+    for key, value in conf.items():
+        builder = builder.config(key, value)
+    try:
+        spark = builder.getOrCreate()
+    except (PySparkException, RuntimeError, OSError) as error:
+        raise ResourceError(
+            f"Spark did not start on {resources.master or 'the submitted master'}: {str(error).splitlines()[0]}; "
+            "Java 17 or newer must be installed (`java -version`) and the master must answer"
+        ) from error
+    spark.sparkContext.setLogLevel("ERROR")
+    return spark
+
+
+def check_port(port: int, setting: str) -> None:
+    """Raise ResourceError if this machine's port is taken; setting is named in the message."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise ResourceError(
+                f"{setting}: port {port} cannot be opened ({error.strerror}); choose another port, or 0 for any free one"
+            ) from None
+
+
+def run_tasks(
+    spark: SparkSession, tasks: Sequence[Mapping[str, Any]], work: Callable[[Task], Task], label: str
+) -> list[Task]:
+    """Run work on every task, one Spark task each; results in the order of the tasks.
+
+    Tasks and results are small dicts of JSON values. A PipelineError raised by work is raised here as it was; any other
+    exception is retried by Spark first, as it may be a lost machine.
+    """
+    if not tasks:
+        return []
+    rows = [(number, json.dumps(task)) for number, task in enumerate(tasks)]
+    partitioned = spark.sparkContext.parallelize(rows, len(rows))
+
+    def run(partition: Iterable[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+        for number, text in partition:
+            yield number, _guarded(work, json.loads(text))
+
+    with progress(label, len(rows), spark), _plain_errors(label):
+        collected = dict(partitioned.mapPartitions(run).collect())
+    return [_opened(collected[number]) for number in range(len(rows))]
+
+
+def write_shards(
+    rows: DataFrame,
+    num_rows: int,
+    num_shards: int,
+    storage: Storage,
+    dataset: Dataset,
+    lineage: Lineage,
+    finish: Callable[[int, pa.Table], pa.Table],
+    label: str,
+) -> list[Shard]:
+    """Group rows by the shard that owns their `id` and store every group, sorted and typed by finish, as that shard.
+
+    The ids are [0, num_rows). finish(shard, group) must put rows into a total order, so that the bytes do not depend on
+    how Spark delivered them; it is called with an empty group for a shard that gets no row. Memory: one shard per task.
+    """
+
+    def store(number: int, group: pa.Table) -> str:
+        return _guarded(lambda _: asdict(write_shard(storage, dataset, number, finish(number, group), lineage)), {})
+
+    def apply(key: tuple[Any, ...], group: pa.Table) -> pa.Table:
+        number = key[0].as_py()
+        return pa.table({"task": pa.array([number], pa.int32()), "result": [store(number, group.drop_columns(["shard"]))]})
+
+    sharded = rows.withColumn("shard", shard_column("id", num_rows, num_shards))
+    with progress(label, num_shards, rows.sparkSession), _plain_errors(label):
+        stored = {row["task"]: row["result"] for row in sharded.groupBy("shard").applyInArrow(apply, _RESULT).collect()}
+    if len(stored) < num_shards:
+        nothing = to_arrow_schema(rows.schema).empty_table()
+        stored |= {number: store(number, nothing) for number in range(num_shards) if number not in stored}
+    return [Shard(**_opened(stored[number])) for number in range(num_shards)]
+
+
+def shard_column(id_column: str, num_rows: int, num_shards: int) -> Any:
+    """The shard of each id, as `sharding.shard_of` says it, for a DataFrame."""
+    row = F.col(id_column).cast("long")
+    return F.floor(((row + 1) * num_shards - 1) / F.lit(max(num_rows, 1))).cast("int")
+
+
+def frame(spark: SparkSession, tasks: Sequence[Mapping[str, Any]], read: Callable[[Task], pa.Table], schema: pa.Schema) -> DataFrame:
+    """A DataFrame of what read returns for every task; one Spark partition per task, read where it runs."""
+    rows = spark.createDataFrame([(json.dumps(task),) for task in tasks], "task string").repartition(len(tasks), "task")
+    wide = spark_schema(schema)
+    narrow = pa.schema([pa.field(field.name, _signed(field.type)) for field in schema])
+
+    def expand(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            for text in batch.column("task").to_pylist():
+                yield from _carrying(read, json.loads(text)).cast(narrow).to_batches(max_chunksize=100_000)
+
+    return rows.mapInArrow(expand, schema=wide)
+
+
+def read_dataset(spark: SparkSession, storage: Storage, manifest: Manifest, columns: Sequence[str]) -> DataFrame:
+    """Columns of a dataset's shards as a DataFrame; unsigned ids become signed 64-bit, as Spark has none."""
+    first = read_shard(storage, manifest, 0, columns)
+    tasks = [{"shard": number} for number in range(len(manifest.shards))]
+    return frame(spark, tasks, lambda task: read_shard(storage, manifest, task["shard"], columns), first.schema)
+
+
+@contextmanager
+def progress(label: str, total: int, spark: SparkSession | None = None) -> Iterator[Callable[[int], None]]:
+    """A bar with rate and time left on a terminal, one closing line elsewhere.
+
+    Given a session, the bar follows the Spark jobs that this thread starts inside the block; otherwise the block calls
+    what it is given with how many more of total are done.
+    """
+    console = Console(stderr=True)
+    started = time.monotonic()
+    columns = (
+        TextColumn("{task.description:<38}"),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]:>9}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        bar = bars.add_task(label, total=total, rate="")
+
+        def advance(done: int) -> None:
+            bars.update(bar, advance=done)
+            _show_rate(bars, bar, started)
+
+        if spark is None:
+            yield advance
+        else:
+            with _following(spark, bars, bar, label, started):
+                yield advance
+        bars.update(bar, completed=bars.tasks[0].total)
+        _show_rate(bars, bar, started)
+    if not console.is_terminal:
+        console.print(f"{label}: {total:,} in {time.monotonic() - started:.1f} s", highlight=False)
+
+
+def _show_rate(bars: Progress, bar: TaskID, started: float) -> None:
+    bars.update(bar, rate=f"{bars.tasks[0].completed / max(time.monotonic() - started, 1e-3):,.1f}/s")
+
+
+@contextmanager
+def _following(spark: SparkSession, bars: Progress, bar: TaskID, label: str, started: float) -> Iterator[None]:
+    """Poll Spark's status for the tasks of the jobs that this thread starts."""
+    context = spark.sparkContext
+    group = f"{label}-{uuid.uuid4().hex}"
+    context.setJobGroup(group, label)
+    over = threading.Event()
+
+    def poll() -> None:
+        tracker = context.statusTracker()
+        while not over.wait(0.2):
+            infos = [tracker.getJobInfo(job) for job in tracker.getJobIdsForGroup(group)]
+            stages = [tracker.getStageInfo(stage) for info in infos if info for stage in info.stageIds]
+            done, known = (sum(getattr(s, name) for s in stages if s) for name in ("numCompletedTasks", "numTasks"))
+            if known:
+                bars.update(bar, completed=done, total=known)
+                _show_rate(bars, bar, started)
+
+    watcher = threading.Thread(target=poll, daemon=True)
+    if not bars.disable:
+        watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        if watcher.is_alive():
+            watcher.join()
+        context.setLocalProperty("spark.jobGroup.id", None)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _plain_errors(label: str) -> Iterator[None]:
+    """Find the user's mistake inside a Spark failure: readers raise inside Spark's own plan, where it gets wrapped."""
+    try:
+        yield
+    except Exception as error:
+        found = _CARRIED.search(str(error))
+        if found:
+            raise getattr(errors, found.group(1))(bytes.fromhex(found.group(2)).decode()) from None
+        if "No space left on device" in str(error):
+            raise errors.StorageError(
+                f"{label}: no space left for Spark's shuffle files; make room, or set resources.spark.conf "
+                "spark.local.dir to a larger disk"
+            ) from error
+        raise
+
+
+_CARRIED = re.compile(r"<<pinsage:(\w+):([0-9a-f]+)>>")
+
+
+def _carrying(read: Callable[[Task], pa.Table], task: Task) -> pa.Table:
+    try:
+        return read(task)
+    except PipelineError as error:
+        raise RuntimeError(f"<<pinsage:{type(error).__name__}:{str(error).encode().hex()}>>") from None
+
+
+def _guarded(work: Callable[[Task], Task], task: Task) -> str:
+    """The result as JSON, or the error that the user can mend: that one must not be retried."""
+    try:
+        return json.dumps({"ok": work(task)})
+    except PipelineError as error:
+        return json.dumps({"error": type(error).__name__, "message": str(error)})
+
+
+def _opened(text: str) -> Task:
+    answer = json.loads(text)
+    if "error" in answer:
+        raise getattr(errors, answer["error"])(answer["message"])
+    result: Task = answer["ok"]
+    return result
+
+
+def spark_schema(schema: pa.Schema) -> T.StructType:
+    """Arrow types as Spark types; unsigned integers become the next wider signed ones."""
+    return from_arrow_schema(pa.schema([pa.field(field.name, _signed(field.type)) for field in schema]))
+
+
+def _signed(kind: pa.DataType) -> pa.DataType:
+    if kind in (pa.uint32(), pa.uint64()):
+        return pa.int64()
+    if kind in (pa.uint8(), pa.uint16()):
+        return pa.int32()
+    return kind

@@ -1,0 +1,27 @@
+"""One local Spark session for all tests, temporary storage, and a small shop's data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pyspark.sql import SparkSession
+
+from pipeline.contracts.config import SparkResources
+from pipeline.contracts.storage import Storage
+from pipeline.spark import session
+
+
+@pytest.fixture(scope="session")
+def spark() -> Iterator[SparkSession]:
+    """A real Spark on two local cores."""
+    found = session(SparkResources(master="local[2]", driver_memory="1g", shuffle_partitions=3), "tests")
+    yield found
+    found.stop()
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    """An empty run folder."""
+    return Storage(str(tmp_path / "run"))
