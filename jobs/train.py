@@ -1,0 +1,69 @@
+"""`torchrun --nproc-per-node 2 jobs/train.py --settings FILE`: starts the process group and runs the trainer.
+
+`python jobs/train.py --settings FILE` trains in one process. The model depends on the number of ranks only as far as
+sums of floats depend on their order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+
+from model import checkpoint, distributed, trainer
+from pipeline.contracts import schemas
+from pipeline.contracts.config import load_settings
+from pipeline.contracts.datasets import is_up_to_date
+from pipeline.contracts.errors import PipelineError
+from pipeline.contracts.storage import Storage
+
+MOMENT_SECONDS = 5
+"""What stops one rank mostly stops all, and the first says it for them: torchrun then ends the others, who wait this
+long before they speak. A rank that fails alone is heard, later."""
+
+
+def main() -> int:
+    """Train as one rank; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Train PinSage; under torchrun, as one of several ranks.")
+    parser.add_argument("--settings", "-s", default="pinsage.yaml", help="settings file: a path or any fsspec URL")
+    parser.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="dotted.key=value", help="override a setting"
+    )
+    parser.add_argument("--force", action="store_true", help="train from the beginning even if nothing changed")
+    arguments = parser.parse_args()
+    is_first = distributed.world()[0] == 0
+    logging.basicConfig(format="training: %(message)s")
+    logging.getLogger("model").setLevel(logging.INFO if is_first else logging.ERROR)
+    try:
+        run(arguments.settings, arguments.overrides, arguments.force)
+    except PipelineError as error:
+        if not is_first:
+            time.sleep(MOMENT_SECONDS)
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        if is_first:
+            print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(source: str, overrides: list[str], force: bool) -> None:
+    """Join the other ranks and train, unless the model is there already."""
+    settings = load_settings(source, overrides)
+    storage = Storage(settings.resources.run)
+    is_first, world_size = distributed.world()[0] == 0, distributed.world()[1]
+    lineage = trainer.lineage(storage, settings, world_size)
+    if not force and is_up_to_date(storage, schemas.TRAIN, lineage):
+        if is_first:
+            print("training: up to date")
+        return
+    with distributed.start(settings.resources.training) as group:
+        if force and group.is_first:
+            checkpoint.delete(storage)
+        trainer.train(storage, settings, lineage, group)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

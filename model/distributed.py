@@ -1,0 +1,128 @@
+"""Process group start and end; the only reader of rank and world size.
+
+Started by torchrun, a process is one rank of several: gloo on CPUs, NCCL on GPUs. Started by plain python it is alone
+and nothing here communicates. Ranks take the same decisions from the same facts; one that fails all the same ends, and
+torchrun ends the others.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.contracts.config import TrainingResources
+from pipeline.contracts.errors import ResourceError
+
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Group:
+    """This process among those that train together, and the device it computes on."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes and speaks for all."""
+        return self.rank == 0
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model, its gradients averaged over the ranks in every backward pass."""
+        if self.world_size == 1:
+            return model
+        devices = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+
+    def mean(self, value: Tensor) -> float:
+        """The mean of the ranks' scalars; a collective call."""
+        total = value.detach().clone()
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return total.item() / self.world_size
+
+    def from_first(self, data: bytes | None) -> bytes | None:
+        """The first rank's bytes, on every rank; a collective call."""
+        box = [data]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+
+def world() -> tuple[int, int]:
+    """This process's rank and the number of ranks, before any group is started."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def start(resources: TrainingResources) -> Iterator[Group]:
+    """Join the group that torchrun made, or be alone; leave it at the end.
+
+    Sets the threads of this process. Under torchrun the process ends with its launcher. Raises ResourceError if the
+    device is not there.
+    """
+    rank, world_size = world()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+    device = _choose_device(resources.device)
+    torch.set_num_threads(resources.threads)
+    torch.use_deterministic_algorithms(device.type == "cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if world_size == 1:
+        yield Group(device=device)
+        return
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world_size)
+    except (RuntimeError, ValueError) as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ResourceError(
+            f"rank {rank} of {world_size} cannot meet the others at {place}: {error}; "
+            "start all ranks with torchrun, and set resources.training.master_port to a free port if this one is taken"
+        ) from error
+    try:
+        yield Group(rank, world_size, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def _choose_device(wanted: str) -> torch.device:
+    available = torch.cuda.is_available()
+    if wanted == "cpu" or (wanted == "auto" and not available):
+        return torch.device("cpu")
+    if not available:
+        raise ResourceError("resources.training.device is cuda, but torch sees no GPU here; set it to cpu or auto")
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    if number >= torch.cuda.device_count():
+        raise ResourceError(
+            f"local rank {number} has no GPU: this host has {torch.cuda.device_count()}; "
+            "start at most one rank per GPU, or set resources.training.device to cpu"
+        )
+    device = torch.device("cuda", number)
+    torch.cuda.set_device(device)
+    return device
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """Have the kernel kill this process when its parent ends, so that a killed launcher leaves no trainer writing.
+
+    parent is the process id to expect, where the caller knows it: if it ended before this call, this process ends too.
+    Linux only; elsewhere nothing happens.
+    """
+    if sys.platform != "linux":
+        return
+    before = os.getppid() if parent is None else parent
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != before:
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,153 @@
+"""One convolution: pool neighbours, concatenate, project, normalise.
+
+A block is two plain tensors: index [B, T] says which source rows a destination pools, weights [B, T] how much of each;
+padding has weight 0. The first B source rows are the destinations themselves. No [B, T, m] tensor is ever made.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numba import njit
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pipeline.contracts.errors import ResourceError
+
+SMALLEST_NORM = 1e-6
+"""Shorter rows are divided by this instead of their length: a zero row stays zero and its gradient finite."""
+
+
+def importance_pool(projected: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Sum each destination's neighbours, weighted by how often walks met them.
+
+    projected is [U, m], index int32 or int64 [B, T] with rows of projected, weights [B, T]; padding weighs 0 and may
+    point anywhere in range. Returns [B, m]; a destination without neighbours gets zeros. Weights get no gradient.
+    Source: Ying et al. 2018, importance pooling, Algorithm 1.
+    """
+    pooled: Tensor = _Pool.apply(projected, index, weights)
+    return pooled
+
+
+class _Pool(torch.autograd.Function):
+    """embedding_bag over the neighbour lists; backward, embedding_bag over the transposed lists."""
+
+    @staticmethod
+    def forward(ctx: Any, projected: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(index, weights)
+        ctx.num_sources = len(projected)
+        if not index.shape[1]:
+            return projected.new_zeros(len(index), projected.shape[1])
+        return F.embedding_bag(index, projected, mode="sum", per_sample_weights=weights)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = gradients
+        index, weights = ctx.saved_tensors
+        offsets, destinations, values = transpose_lists(index, weights, ctx.num_sources)
+        if not len(destinations):
+            return gradient.new_zeros(ctx.num_sources, gradient.shape[1]), None, None
+        transposed = F.embedding_bag(
+            destinations,
+            gradient.contiguous(),
+            offsets,
+            mode="sum",
+            per_sample_weights=values,
+            include_last_offset=True,
+        )
+        return transposed, None, None
+
+
+def transpose_lists(index: Tensor, weights: Tensor, num_sources: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For every source, who pools it and how much: (offsets [U + 1], destinations, weights), without padding.
+
+    A stable counting sort, so sums are always taken in the same order.
+    """
+    if index.device.type == "cpu":
+        first, second, third = map(torch.from_numpy, _transpose(index.numpy(), weights.numpy(), num_sources))
+        return first, second, third
+    used = weights != 0
+    sources, order = torch.sort(index[used], stable=True)
+    counts = torch.arange(num_sources + 1, device=index.device, dtype=index.dtype)
+    offsets = torch.searchsorted(sources, counts, out_int32=index.dtype == torch.int32)
+    return offsets, used.nonzero()[:, 0][order].to(index.dtype), weights[used][order]
+
+
+@njit(nogil=True, cache=True)
+def _transpose(
+    index: NDArray[Any], weights: NDArray[Any], num_sources: int
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    offsets = np.zeros(num_sources + 1, index.dtype)
+    for b in range(index.shape[0]):
+        for t in range(index.shape[1]):
+            if weights[b, t] != 0:
+                offsets[index[b, t] + 1] += 1
+    for source in range(num_sources):
+        offsets[source + 1] += offsets[source]
+    free = offsets[:-1].copy()
+    destinations = np.empty(offsets[-1], index.dtype)
+    values = np.empty(offsets[-1], weights.dtype)
+    for b in range(index.shape[0]):
+        for t in range(index.shape[1]):
+            if weights[b, t] != 0:
+                place = free[index[b, t]]
+                destinations[place] = b
+                values[place] = weights[b, t]
+                free[index[b, t]] = place + 1
+    return offsets, destinations, values
+
+
+def importance_pool_dgl(projected: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """importance_pool on a DGL block, with the same inputs and result. Raises ResourceError where DGL is missing."""
+    os.environ.setdefault("DGLBACKEND", "pytorch")
+    try:
+        import dgl
+    except ImportError as error:
+        raise ResourceError(
+            f"task.model.message_passing is dgl, but DGL cannot be imported here ({error}); "
+            "set it to torch, which gives the same result"
+        ) from error
+    used = weights != 0
+    destinations = used.nonzero()[:, 0].to(index.dtype)
+    block = dgl.create_block(
+        (index[used], destinations), num_src_nodes=len(projected), num_dst_nodes=len(index), device=index.device
+    )
+    block.srcdata["message"] = projected
+    block.edata["weight"] = weights[used].unsqueeze(1)
+    block.update_all(dgl.function.u_mul_e("message", "weight", "weighted"), dgl.function.sum("weighted", "pooled"))
+    pooled: Tensor = block.dstdata["pooled"]
+    return pooled
+
+
+POOLS = {"torch": importance_pool, "dgl": importance_pool_dgl}
+
+
+def normalise(vectors: Tensor) -> Tensor:
+    """Scale rows to length 1; rows shorter than SMALLEST_NORM keep their direction and shrink towards zero."""
+    return F.normalize(vectors, dim=-1, eps=SMALLEST_NORM)
+
+
+class Convolution(nn.Module):
+    """Algorithm 1 of the paper: n = pool(ReLU(Q h + q)); z = ReLU(W concat(h, n) + w); z / ||z||."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, message_passing: str = "torch") -> None:
+        super().__init__()
+        self.Q = nn.Linear(inputs, hidden)
+        self.W = nn.Linear(inputs + hidden, outputs)
+        self.pool = POOLS[message_passing]
+
+    def project(self, h: Tensor) -> Tensor:
+        """[U, inputs] to the [U, hidden] messages that neighbours send."""
+        return F.relu(self.Q(h))
+
+    def combine(self, h: Tensor, pooled: Tensor) -> Tensor:
+        """What destinations [B, inputs] are and what they pooled [B, hidden], to [B, outputs] of length 1."""
+        return normalise(F.relu(self.W(torch.cat([h, pooled], dim=1))))
+
+    def forward(self, h: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Sources [U, inputs], the first B of them destinations, to [B, outputs]."""
+        return self.combine(h[: len(index)], self.pool(self.project(h), index, weights))

@@ -1,0 +1,80 @@
+"""The network: input standardisation, stacked convolutions, output head.
+
+Features are all it knows of an item, so an item that nobody touched yet gets an embedding too. Memory: one mini-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.layers import Convolution, normalise
+from pipeline.contracts import config
+
+CLIP = 10.0
+"""Standardised features are cut to this many standard deviations: one outlier must not drown a vector."""
+_INITIALISATION = 1
+"""Keeps this use of the seed apart from the loader's."""
+
+
+class PinSage(nn.Module):
+    """K convolutions and the head G2 ReLU(G1 h + g); with K = 0 the head alone, on content.
+
+    The head's inner width is the embedding's (not published). Weights depend on the seed alone.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, num_features: int, settings: config.Model, seed: int = 0) -> None:
+        super().__init__()
+        width = settings.output_dimensions
+        inputs = [num_features, *[width] * settings.num_layers]
+        self.register_buffer("mean", torch.zeros(num_features))
+        self.register_buffer("std", torch.ones(num_features))
+        self.convolutions = nn.ModuleList(
+            Convolution(size, settings.hidden_dimensions, width, settings.message_passing) for size in inputs[:-1]
+        )
+        self.G1 = nn.Linear(inputs[-1], width)
+        self.G2 = nn.Linear(width, width, bias=False)
+        self.normalise_output = settings.normalise_output
+        self._initialise(seed)
+
+    def _initialise(self, seed: int) -> None:
+        state = np.random.SeedSequence((seed, _INITIALISATION)).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.kaiming_uniform_(module.weight, nonlinearity="relu", generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def set_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Features' means and standard deviations, [F] each; a constant feature (0) is divided by 1."""
+        self.mean.copy_(torch.as_tensor(mean, dtype=torch.float32))
+        scale = torch.as_tensor(std, dtype=torch.float32)
+        self.std.copy_(torch.where(scale > 0, scale, 1.0))
+
+    def standardise(self, features: Tensor) -> Tensor:
+        """[U, F] as stored, of any float type, to the h0 [U, F] of the first convolution."""
+        return ((features.to(self.mean.dtype) - self.mean) / self.std).clamp(-CLIP, CLIP)
+
+    def head(self, h: Tensor) -> Tensor:
+        """[B, width of the last layer] to embeddings [B, d]."""
+        embeddings = self.G2(F.relu(self.G1(h)))
+        return normalise(embeddings) if self.normalise_output else embeddings
+
+    def forward(self, features: Tensor, index: Tensor, weights: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Embeddings [sizes[-1], d] of a mini-batch's seeds.
+
+        features is [sizes[0], F]; layer k pools the lists index[:sizes[k]], weights[:sizes[k]], whose entries are below
+        sizes[k - 1]: see model/minibatch.py.
+        """
+        h = self.standardise(features)
+        for convolution, size in zip(self.convolutions, sizes[1:], strict=True):
+            h = convolution(h, index[:size], weights[:size])
+        return self.head(h)
