@@ -19,7 +19,7 @@ from pipeline.contracts.datasets import Lineage, begin, commit, lists_to_arrow, 
 from pipeline.contracts.errors import DataError
 from pipeline.contracts.sharding import count_shards, shard_bounds
 from pipeline.contracts.storage import Storage
-from pipeline.spark import read_dataset, write_shards
+from pipeline.spark import progress, read_dataset, write_shards
 
 TRAIN = 0
 
@@ -33,10 +33,12 @@ def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Line
     events = read_dataset(spark, storage, interactions, ["user_id", "item_id", "timestamp", "weight", "split"])
     all_edges = distinct_edges(events)
     edges = prune_users(all_edges, settings.task.graph.max_user_degree).persist(StorageLevel.MEMORY_AND_DISK)
-    num_edges, before = edges.count(), all_edges.count() if settings.task.graph.max_user_degree else None
+    with progress("graph: edges", 1, spark):
+        num_edges = edges.count()
+        before = all_edges.count() if settings.task.graph.max_user_degree else num_edges
     if not num_edges:
         raise DataError("the graph has no edge: no training interaction is left; look at `pinsage status` and the split")
-    report = {"users": num_users, "items": num_items, "edges": num_edges, "edges_pruned": (before or num_edges) - num_edges}
+    report = {"users": num_users, "items": num_items, "edges": num_edges, "edges_pruned": before - num_edges}
     for dataset, row, column, num_rows in (
         (schemas.ITEM_USERS, "item_id", "user_id", num_items),
         (schemas.USER_ITEMS, "user_id", "item_id", num_users),

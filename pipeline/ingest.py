@@ -35,12 +35,14 @@ from pipeline.contracts.datasets import (
 from pipeline.contracts.errors import DataError
 from pipeline.contracts.sharding import MAX_IDS, count_shards
 from pipeline.contracts.storage import Storage, describe_inputs
-from pipeline.spark import Task, frame, read_dataset, run_tasks, write_shards
+from pipeline.spark import Task, progress, read_dataset, run_tasks, write_shards
 
 TRAIN, VALIDATION, TEST = 0, 1, 2
 EVENTS, EVENTS_BAD = "ingest/events", "ingest/events-quarantine"
 CATALOGUE, CATALOGUE_BAD = "ingest/catalogue", "ingest/catalogue-quarantine"
 _BUCKETS = 1 << 16
+_BROADCAST_ROWS = 1_000_000
+"""Keys up to this many go to every task whole, about 50 MB, instead of sorting all events by key."""
 
 
 def inputs(data: Data) -> dict[str, str]:
@@ -91,8 +93,8 @@ def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Line
     items = _number(spark, item_keys, earlier, schemas.ITEMS)
 
     numbered = (
-        known.join(users.rows.select(F.col("key").alias("user_key"), F.col("id").alias("user_id")), "user_key")
-        .join(items.rows.select(F.col("key").alias("item_key"), F.col("id").alias("item_id")), "item_key")
+        known.join(users.lookup("user_key", "user_id"), "user_key")
+        .join(items.lookup("item_key", "item_id"), "item_key")
         .select("user_id", "item_id", "timestamp", "position", "weight")
     )
     split, split_report = _split(numbered, settings.task.split, settings.task.seed)
@@ -160,7 +162,8 @@ def _repeated_items(spark: SparkSession, storage: Storage, catalogue: Manifest, 
     rows = read_dataset(spark, storage, catalogue, ["item_key", "position"])
     order = Window.partitionBy("item_key").orderBy("position")
     ranked = rows.withColumn("place", F.row_number().over(order)).withColumn("first", F.first("position").over(order))
-    repeated = ranked.where("place > 1").orderBy("position").limit(100_000).collect()
+    with progress("ingest: find repeated items", 1, spark):
+        repeated = ranked.where("place > 1").orderBy("position").limit(100_000).collect()
     urls = {task["position"] // sources.FILE_STRIDE: task["url"] for task in plan}
     found = []
     for row in repeated:
@@ -208,15 +211,18 @@ def _known_events(events: DataFrame, catalogue: DataFrame | None, data: Data) ->
     """Events of items in the catalogue, and what is to be said of the others."""
     if catalogue is None:
         return events, {"unknown_items": 0, "events_of_unknown_items": 0}
-    keys = catalogue.select("item_key")
-    strangers = events.join(keys, "item_key", "left_anti").groupBy("item_key").count().persist()
-    total = strangers.agg(F.count("item_key"), F.coalesce(F.sum("count"), F.lit(0))).collect()[0]
+    keys = catalogue.select("item_key").persist(StorageLevel.MEMORY_AND_DISK)
+    num_keys = keys.count()
+    listed = F.broadcast(keys) if num_keys <= _BROADCAST_ROWS else keys
+    strangers = events.groupBy("item_key").count().join(listed, "item_key", "left_anti").persist()
+    with progress("ingest: look up items", 1, events.sparkSession):
+        total = strangers.agg(F.count("item_key"), F.coalesce(F.sum("count"), F.lit(0))).collect()[0]
     examples = [row["item_key"] for row in strangers.orderBy(F.desc("count"), "item_key").limit(5).collect()]
     strangers.unpersist()
     report = {"unknown_items": total[0], "events_of_unknown_items": total[1], "unknown_item_examples": examples}
     if data.unknown_items == "add":
         return events, report
-    known = events.join(keys, "item_key", "left_semi")
+    known = events if not total[1] else events.join(listed, "item_key", "left_semi")
     if total[1] and not known.take(1):
         some = [row["item_key"] for row in keys.limit(3).collect()]
         raise DataError(
@@ -235,6 +241,11 @@ class _Numbered:
     def __init__(self, rows: DataFrame, count: int, earlier: int) -> None:
         self.rows, self.count, self.earlier = rows, count, earlier
 
+    def lookup(self, key: str, id_column: str) -> DataFrame:
+        """Keys and ids under these names, sent whole to every task if that is cheaper than sorting the events."""
+        table = self.rows.select(F.col("key").alias(key), F.col("id").alias(id_column))
+        return F.broadcast(table) if self.count <= _BROADCAST_ROWS else table
+
 
 def _number(spark: SparkSession, keys: DataFrame, earlier: Storage | None, dataset: schemas.Dataset) -> _Numbered:
     """Give every key its rank among the new keys, after the ids of the earlier run, which are kept."""
@@ -245,7 +256,8 @@ def _number(spark: SparkSession, keys: DataFrame, earlier: Storage | None, datas
         keys = keys.join(old.select("key"), "key", "left_anti")
     partitions = int(spark.conf.get("spark.sql.shuffle.partitions") or "8")
     ranged = keys.repartitionByRange(partitions, "key").sortWithinPartitions("key").persist(StorageLevel.DISK_ONLY)
-    sizes = {row[0]: row[1] for row in ranged.groupBy(F.spark_partition_id()).count().collect()}
+    with progress(f"ingest: number {dataset.name}", 1, spark):
+        sizes = {row[0]: row[1] for row in ranged.groupBy(F.spark_partition_id()).count().collect()}
     total = num_old + sum(sizes.values())
     if total > MAX_IDS:
         raise DataError(
@@ -348,7 +360,8 @@ def _moments(events: DataFrame, split: Split) -> tuple[int, int]:
     first, last = events.agg(F.min("timestamp"), F.max("timestamp")).collect()[0]
     width = max(1, -(-(last - first + 1) // _BUCKETS))
     bucket = F.floor((F.col("timestamp") - first) / width).cast("long").alias("bucket")
-    histogram = sorted((row["bucket"], row["count"]) for row in events.groupBy(bucket).count().collect())
+    with progress("ingest: find the split", 1, events.sparkSession):
+        histogram = sorted((row["bucket"], row["count"]) for row in events.groupBy(bucket).count().collect())
     buckets = np.array([b for b, _ in histogram])
     before = np.cumsum([0] + [count for _, count in histogram])
     total = before[-1]

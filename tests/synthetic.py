@@ -1,0 +1,83 @@
+"""Small graphs and shops whose right answer is planted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline.walk_kernel import BipartiteGraph
+
+
+def compressed(adjacency: NDArray[np.float64]) -> BipartiteGraph:
+    """A dense [items, users] weight matrix as the kernel's graph."""
+
+    def rows(matrix: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]]:
+        indptr = np.concatenate([[0], np.cumsum((matrix > 0).sum(axis=1))]).astype(np.int64)
+        ids = np.concatenate([np.flatnonzero(row) for row in matrix]).astype(np.uint32)
+        weights = np.concatenate([np.cumsum(row[row > 0]) for row in matrix]).astype(np.float32)
+        return indptr, ids, weights
+
+    return BipartiteGraph(*rows(adjacency), *rows(adjacency.T))
+
+
+def write_shop(folder: Path, num_users: int = 240, num_groups: int = 6, items_per_group: int = 12, seed: int = 0) -> None:
+    """interactions.parquet and items.parquet of a shop whose baskets stay within one group of items.
+
+    An item's title names its group, and each group's last two items are sold only in the last fifth of the time: cold
+    in training, to be found by their words alone. Item "lonely" is never sold.
+    """
+    generator = np.random.default_rng(seed)
+    users: list[str] = []
+    items: list[str] = []
+    times: list[int] = []
+    for user in range(num_users):
+        group = user % num_groups
+        newest = items_per_group if user >= num_users * 4 // 5 else items_per_group - 2
+        for place, item in enumerate(generator.permutation(newest)[:6]):
+            users.append(f"basket {user:04d}")
+            items.append(f"g{group}-{item:02d}")
+            times.append(1_600_000_000 + user * 3600 + place)
+    words = ["lamp", "mug", "kite", "rug", "vase", "drum", "sock", "tent"]
+    colours = ["red", "blue", "green", "black", "white", "pink", "grey", "gold", "teal", "plum", "rose", "lime"]
+    keys = [f"g{group}-{item:02d}" for group in range(num_groups) for item in range(items_per_group)]
+    titles = [f"{colours[item]} {words[group]}" for group in range(num_groups) for item in range(items_per_group)]
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"basket": users, "product": items, "when": times}), folder / "interactions.parquet")
+    catalogue = {"product": [*keys, "lonely"], "name": [*titles, "red lonely thing"]}
+    prices = [1.0 + place % items_per_group for place in range(len(keys))] + [None]
+    pq.write_table(pa.table({**catalogue, "price": pa.array(prices, pa.float64())}), folder / "items.parquet")
+
+
+def shop_settings(folder: Path, run: Path, **task: Any) -> dict[str, Any]:
+    """Settings for write_shop's files, small enough for a test; task overrides sections of the task."""
+    data = {
+        "interactions": {
+            "paths": str(folder / "interactions.parquet"), "user": "basket", "item": "product", "timestamp": "when",
+        },
+        "items": {
+            "paths": str(folder / "items.parquet"), "key": "product", "title": "name",
+            "columns": [{"name": "name", "kind": "text"}, {"name": "price", "kind": "numeric"}],
+        },
+    }  # fmt: skip
+    small = {
+        "name": "shop",
+        "data": data,
+        "features": {"text_dimensions": 16, "text_buckets": 1024},
+        "walks": {"num_neighbours": 10, "num_walks": 100},
+        "pairs": {"num_hard_negatives": 5, "num_walks": 200},
+        "model": {"hidden_dimensions": 16, "output_dimensions": 8},
+        "training": {"epochs": 2, "batch_size": 64, "checkpoint_every_steps": 5},
+        "index": {"num_queries": 20},
+        "evaluation": {"k": [5, 10], "bootstrap": 50, "examples": 2},
+    }
+    resources = {
+        "run": str(run), "cache": str(run.parent / "cache"), "rows_per_shard": 30, "events_per_shard": 500,
+        "spark": {"master": "local[2]", "driver_memory": "1g", "shuffle_partitions": 3},
+        "training": {"threads": 1},
+    }  # fmt: skip
+    return {"task": {**small, **task}, "resources": resources}
