@@ -1,0 +1,137 @@
+"""Raw item content to one float vector per item.
+
+Reads ITEMS and CONTENT; writes ENCODERS and FEATURES. The encoders are fitted on the driver, single-threaded, on a
+sample of at most fit_rows items; encoding is one task per shard of CONTENT. FEATURES' metadata says what every column
+is, and its mean and deviation over all items, for a model that standardises its input. Memory: the sample on the
+driver, one shard and its vectors per task. Cost: 4 707 titles 0.7 s, 158 357 titles 11 s of one core, mostly the SVD.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pyspark.sql import SparkSession
+
+from pipeline.contracts.config import Settings
+from pipeline.contracts.datasets import (
+    Lineage,
+    Manifest,
+    Shard,
+    arrow_to_vectors,
+    begin,
+    commit,
+    find_manifest,
+    finished_shard,
+    open_manifest,
+    read_rows,
+    read_shard,
+    vectors_to_arrow,
+    write_file,
+    write_shard,
+)
+from pipeline.contracts.errors import DataError
+from pipeline.contracts.schemas import CONTENT, ENCODERS, FEATURES, ITEMS
+from pipeline.contracts.storage import Storage
+from pipeline.encoders import Encoders, dump_encoders, fit_encoders, load_encoders
+from pipeline.spark import Task, run_tasks
+
+MAX_SAMPLED_SHARDS = 64
+"""The driver reads no more shards than this to fit: of a larger catalogue, evenly spread ones."""
+
+
+def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Lineage) -> None:
+    """Fit the encoders unless an interrupted attempt did, then encode every shard."""
+    items, content = open_manifest(storage, ITEMS), open_manifest(storage, CONTENT)
+    begin(storage, FEATURES)
+    fitted = find_manifest(storage, ENCODERS)
+    if fitted is None or fitted.lineage.fingerprint != lineage.fingerprint:
+        begin(storage, ENCODERS)
+        files = dump_encoders(_fit(storage, content, settings))
+        commit(
+            storage, ENCODERS, [write_file(storage, ENCODERS.name, *file, lineage) for file in files.items()], lineage
+        )
+    dtype = np.dtype(settings.task.features.dtype)
+
+    def work(task: Task) -> Task:
+        number = task["shard"]
+        shard = finished_shard(storage, FEATURES, number, lineage)
+        if shard is None:
+            table = read_shard(storage, content, number)
+            degrees = read_rows(storage, items, task["start"], task["stop"], ["degree"]).column("degree")
+            encoders = load_encoders(storage)
+            vectors = _narrow(encoders.encode(table.append_column("degree", degrees)), dtype, encoders)
+            columns = {"id": table.column("id"), "features": vectors_to_arrow(vectors)}
+            shard = write_shard(storage, FEATURES, number, pa.table(columns), lineage)
+        else:
+            stored = pa.BufferReader(storage.read_bytes(f"{FEATURES.name}/{shard.name}"))
+            vectors = arrow_to_vectors(pq.read_table(stored).column("features"))
+        wide = vectors.astype(np.float64)
+        return {
+            "shard": asdict(shard),
+            "sums": wide.sum(axis=0).tolist(),
+            "squares": np.einsum("ij,ij->j", wide, wide).tolist(),
+        }
+
+    bounds = np.cumsum([0, *(shard.rows for shard in content.shards)]).tolist()
+    tasks = [{"shard": number, "start": start, "stop": stop} for number, (start, stop) in enumerate(pairwise(bounds))]
+    results = run_tasks(spark, tasks, work, "features: encode items")
+    layout = load_encoders(storage).layout
+    commit(storage, FEATURES, (Shard(**r["shard"]) for r in results), lineage, _describe(results, layout, bounds[-1]))
+
+
+def sample_rows(num_rows: int, most: int, seed: int) -> NDArray[np.int64]:
+    """At most `most` of the rows [0, num_rows), ascending: all of them, or one at random from each of equal stretches.
+
+    A fixed stride would miss whatever repeats in step with it.
+    """
+    count = min(num_rows, most)
+    starts = np.arange(count + 1, dtype=np.int64) * num_rows // max(count, 1)
+    return np.random.default_rng([seed, count]).integers(starts[:-1], starts[1:], dtype=np.int64)
+
+
+def _fit(storage: Storage, content: Manifest, settings: Settings) -> Encoders:
+    source = settings.task.data.items
+    columns = () if source is None else source.columns
+    found = len(read_shard(storage, content, 0).column_names) - 1
+    if found != len(columns):
+        raise DataError(f"content has {found} columns, the settings name {len(columns)}; run `pinsage ingest` again")
+    sample = _sample(storage, content, settings.task.features.fit_rows, settings.task.seed) if columns else ()
+    return fit_encoders(sample, columns, settings.task.features, settings.task.seed)
+
+
+def _sample(storage: Storage, content: Manifest, fit_rows: int, seed: int) -> Iterator[pa.Table]:
+    """The content columns of evenly spread rows, one table per shard; one shard in memory at a time."""
+    shards = sample_rows(len(content.shards), MAX_SAMPLED_SHARDS, seed).tolist()
+    bounds = np.cumsum([0, *(content.shards[number].rows for number in shards)])
+    rows = sample_rows(int(bounds[-1]), fit_rows, seed)
+    for place, number in enumerate(shards):
+        chosen = rows[(rows >= bounds[place]) & (rows < bounds[place + 1])] - bounds[place]
+        if len(chosen):
+            yield read_shard(storage, content, number).drop_columns(["id"]).take(pa.array(chosen))
+
+
+def _narrow(vectors: NDArray[np.float32], dtype: np.dtype[Any], encoders: Encoders) -> NDArray[np.floating]:
+    """To the stored precision; DataError naming the column that does not fit it."""
+    with np.errstate(over="ignore"):
+        stored: NDArray[np.floating] = vectors.astype(dtype, copy=False)
+    bad = np.flatnonzero(~np.isfinite(stored).all(axis=0))
+    if len(bad):
+        name = next(entry["name"] for entry in encoders.layout if entry["stop"] > bad[0])
+        raise DataError(f"item column {name}: a value is too large for {dtype}; set task.features.dtype: float32")
+    return stored
+
+
+def _describe(results: Sequence[Task], layout: list[dict[str, Any]], num_rows: int) -> dict[str, Any]:
+    """FEATURES' metadata: columns, mean and std of each over all items as stored, how many items each flag marks."""
+    sums, squares = (np.sum([result[name] for result in results], axis=0) for name in ("sums", "squares"))
+    mean = sums / max(num_rows, 1)
+    deviation = np.sqrt(np.maximum(squares / max(num_rows, 1) - mean**2, 0.0))
+    missing = {entry["name"]: int(sums[entry["start"]]) for entry in layout if entry["kind"] == "missing"}
+    return {"columns": layout, "mean": mean.tolist(), "std": deviation.tolist(), "missing": missing}
