@@ -227,7 +227,7 @@ def _read_timestamps(column: pa.ChunkedArray, source: InteractionsSource, url: s
             raise DataError(f"{where} is {array.type}{_such_as(array)}, expected ISO dates; correct {setting}")
         seconds = _iso_seconds(array)
         if seconds.null_count == len(seconds) > missing.sum():
-            raise DataError(f"{where} has no ISO 8601 date{_such_as(array)}; correct it, or {INTERACTIONS}.timestamp")
+            raise DataError(f"{where} has text{_such_as(array)}, expected ISO 8601 dates; correct {setting}")
     else:
         hint = f"expected {unit}; correct {INTERACTIONS}.timestamp, or set {setting}: iso if these are dates"
         seconds = _check_unit(_as_whole_numbers(array, where, hint), unit, where, setting)
