@@ -10,8 +10,10 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import fsspec
 import yaml
@@ -233,6 +235,7 @@ class CurriculumRow(Section):
     """From this epoch on, these negatives."""
 
     from_epoch: PositiveInt
+    """First epoch, from 1, that this row is for."""
     uniform: PositiveInt = 500
     """Negatives drawn uniformly from the catalogue and shared by the whole batch (paper: 500)."""
     hard: Count = 0
@@ -252,6 +255,7 @@ class Training(Section):
     temperature: Annotated[float, Field(gt=0.0)] = 0.1
     """softmax: scores are divided by this; only sensible with normalise_output."""
     epochs: PositiveInt = 8
+    """Times that every pair is seen; the curriculum and the learning rate count in them."""
     batch_size: PositiveInt = 2048
     """Pairs per step over all ranks (paper: 2048); shrunk to the number of pairs if there are fewer."""
     optimizer: Literal["sgd", "adam"] = "adam"
@@ -270,7 +274,7 @@ class Training(Section):
     @model_validator(mode="after")
     def _curriculum_is_in_order(self) -> Training:
         epochs = [row.from_epoch for row in self.curriculum]
-        if not epochs or epochs[0] != 1 or any(a >= b for a, b in zip(epochs, epochs[1:], strict=False)):
+        if not epochs or epochs[0] != 1 or any(a >= b for a, b in pairwise(epochs)):
             raise ValueError(f"curriculum rows must begin at epoch 1 and rise, found from_epoch {epochs}")
         return self
 
@@ -408,16 +412,19 @@ def load_settings(source: str, overrides: Sequence[str] = ()) -> Settings:
         with fsspec.open(source, "r", encoding="utf-8") as file:
             text = file.read()
     except (OSError, ValueError) as error:
-        raise SettingsError(f"cannot read the settings file {source}: {error}. `pinsage init DATA` writes one") from None
+        found = getattr(error, "strerror", None) or error
+        raise SettingsError(f"cannot read the settings file {source}: {found}; `pinsage init DATA` makes one") from None
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise SettingsError(f"{source} is not YAML: {error}") from None
+        raise SettingsError(f"{source} is not YAML: {error}; mend that place") from None
     if not isinstance(tree, dict):
-        raise SettingsError(f"{source} holds {type(tree).__name__}, expected the keys task and resources")
+        found = "is empty" if tree is None else f"holds a {type(tree).__name__}"
+        raise SettingsError(f"{source} {found}, expected the keys task and resources; `pinsage init DATA` writes them")
     for override in overrides:
         _apply_override(tree, override)
-    base = Path(source).resolve().parent if "://" not in source else None
+    local = source.removeprefix("file://")
+    base = Path(local).resolve().parent if "://" not in local else None
     return parse_settings(tree, where=source, base=base)
 
 
@@ -542,15 +549,24 @@ def _is_collection(annotation: Any) -> bool:
 
 
 def _type_name(annotation: Any) -> str:
-    if isinstance(annotation, type) and not getattr(annotation, "__args__", None):
-        return annotation.__name__
-    return str(annotation).replace("typing.", "").replace("pipeline.contracts.config.", "")
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type_name(arguments[0])
+    if origin is Literal:
+        return " | ".join(map(str, arguments))
+    if origin in (Union, UnionType):
+        return " | ".join(map(_type_name, arguments))
+    if origin is not None:
+        return f"{origin.__name__}[{', '.join(map(_type_name, arguments))}]"
+    return {Ellipsis: "...", NoneType: "None"}.get(annotation) or str(annotation.__name__)
 
 
 def _plain(value: object) -> str:
-    if isinstance(value, tuple) and value and isinstance(value[0], Section):
-        return yaml.safe_dump([row.model_dump() for row in value], default_flow_style=True, width=10_000).strip()
-    return str(value)
+    """A default as one would write it in the settings file."""
+    if isinstance(value, tuple):
+        value = [row.model_dump() if isinstance(row, Section) else row for row in value]
+    text: str = yaml.safe_dump(value, default_flow_style=True, width=10_000)
+    return text.removesuffix("...\n").strip()
 
 
 def _resolve_paths(settings: Settings, base: Path) -> Settings:

@@ -259,7 +259,11 @@ def read_file(storage: Storage, manifest: Manifest, file: str) -> bytes:
 
 
 def read_shard(
-    storage: Storage, manifest: Manifest, number: int, columns: Sequence[str] | None = None, dataset: Dataset | None = None
+    storage: Storage,
+    manifest: Manifest,
+    number: int,
+    columns: Sequence[str] | None = None,
+    dataset: Dataset | None = None,
 ) -> pa.Table:
     """One shard as a table, checked against the manifest and, if given, the dataset's schema."""
     shard = manifest.shards[number]
@@ -273,7 +277,7 @@ def read_rows(
     storage: Storage, manifest: Manifest, start: int, stop: int, columns: Sequence[str] | None = None
 ) -> pa.Table:
     """Rows [start, stop) in the dataset's order, from the shards that hold them."""
-    pieces = []
+    pieces: list[pa.Table] = []
     first = 0
     for number, shard in enumerate(manifest.shards):
         low, high = max(start, first), min(stop, first + shard.rows)
@@ -297,8 +301,8 @@ def _read_checked(storage: Storage, name: str, shard: Shard) -> bytes:
         raise DataError(f"{storage.locate(path)} is in the manifest but not there; {_how_to_build(name)}") from None
     if len(data) != shard.bytes or hashlib.sha256(data).hexdigest() != shard.sha256:
         raise DataError(
-            f"{storage.locate(path)} was changed after its manifest was written: {len(data):,} bytes, checksum differs, "
-            f"expected {shard.bytes:,} bytes; {_how_to_build(name)}"
+            f"{storage.locate(path)} was changed after its manifest was written: it has {len(data):,} bytes, expected "
+            f"{shard.bytes:,} bytes of another checksum; {_how_to_build(name)}"
         )
     return data
 
@@ -318,7 +322,7 @@ def arrow_to_vectors(column: pa.ChunkedArray | pa.FixedSizeListArray) -> NDArray
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if isinstance(array, pa.ChunkedArray):
         array = pa.concat_arrays(array.chunks)
-    values = array.flatten().to_numpy(zero_copy_only=False)
+    values: NDArray[np.floating] = array.flatten().to_numpy(zero_copy_only=False)
     return values.reshape(len(array), array.type.list_size)
 
 

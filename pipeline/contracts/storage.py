@@ -1,8 +1,8 @@
 """The only door to storage: whole objects in, whole objects out, on any fsspec URL.
 
 An object is written completely or not at all: on a file system to a temporary name beside it, then renamed; on an
-object store by one put. Reads and writes are retried here and nowhere else. A Storage pickles to its URL, so Spark tasks
-and training ranks open their own. Memory: one object at a time.
+object store by one put. Reads and writes are retried here and nowhere else. A Storage pickles to its URL, so Spark
+tasks and training ranks open their own. Memory: one object at a time.
 """
 
 from __future__ import annotations
@@ -171,9 +171,10 @@ class Storage:
         remedy = "check the address and the credentials"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(_nearest_folder(self.root)).free if self.is_local else 0
-            remedy = f"{free:,} bytes are free there; make room or move resources.run or resources.cache, then run again"
+            remedy = f"{free:,} bytes are free there; make room or move resources.run, then run again"
         elif isinstance(error, PermissionError) or error.errno == errno.EROFS:
-            remedy = "give this user the right to write there, or choose another resources.run"
+            right = "write" if action.startswith(("write", "delete")) else "read"
+            remedy = f"give this user the right to {right} there, or choose another folder"
         elif isinstance(error, (NotADirectoryError, FileExistsError)):
             remedy = "a file stands where a folder is needed; choose another resources.run"
         return f"cannot {action}: {error.strerror or error}; {remedy}"
@@ -191,7 +192,7 @@ def describe_inputs(url: str) -> list[dict[str, Any]]:
     Raises FileNotFoundError if there are none. Used to know whether the user's files changed since the last run.
     """
     filesystem, path = fsspec.core.url_to_fs(url)
-    if any(sign in path for sign in "*?["):
+    if any(sign in path for sign in "*?[") and not filesystem.exists(path):
         names = [name for name in filesystem.glob(path) if not filesystem.isdir(name)]
     elif filesystem.isdir(path):
         names = [name for name in filesystem.find(path) if not name.rsplit("/", 1)[-1].startswith(("_", "."))]
@@ -202,6 +203,7 @@ def describe_inputs(url: str) -> list[dict[str, Any]]:
     found = []
     for name in sorted(names):
         info = filesystem.info(name)
-        stamp = next((str(info[key]) for key in ("ETag", "etag", "md5Hash", "mtime", "LastModified") if info.get(key)), "")
+        marks = ("ETag", "etag", "md5Hash", "mtime", "LastModified")
+        stamp = next((str(info[mark]) for mark in marks if info.get(mark)), "")
         found.append({"url": str(filesystem.unstrip_protocol(name)), "bytes": int(info["size"]), "stamp": stamp})
     return found
