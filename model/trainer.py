@@ -94,7 +94,7 @@ class Trainer:
             raise DataError(
                 f"the loss is {value} at epoch {position.epoch} step {position.step}: training has diverged; "
                 f"lower task.training.learning_rate (now {self.settings.learning_rate}) or lengthen "
-                f"task.training.warmup_epochs (now {self.settings.warmup_epochs}), and look for outliers among the features"
+                f"task.training.warmup_epochs (now {self.settings.warmup_epochs}), and look for outliers in features"
             )
         loss.backward()
         for parameters in self.optimizer.param_groups:

@@ -95,15 +95,18 @@ def plant(num_items: int = 240, num_groups: int = 4, num_pairs: int = 1000) -> d
 def write(storage: Storage, features: Any, neighbours: Any, weights: Any, query: Any, positive: Any, hard: Any) -> None:
     """Store what training reads, in three shards each; lists are one array per item."""
     statistics = {"mean": features.mean(0).tolist(), "std": features.std(0).tolist()}
-    ids = pa.array(np.arange(len(features)), pa.uint32())
+
+    def ids(rows: Any) -> pa.Array:
+        return pa.array(np.arange(len(rows)), pa.uint32())
+
     tables = {
-        schemas.FEATURES: {"id": ids, "features": vectors_to_arrow(features)},
+        schemas.FEATURES: {"id": ids(features), "features": vectors_to_arrow(features)},
         schemas.NEIGHBOURS: {
-            "id": ids,
+            "id": ids(neighbours),
             "neighbours": _lists(neighbours, np.uint32),
             "weights": _lists(weights, np.float32),
         },
-        schemas.HARD_NEGATIVES: {"id": ids, "negatives": _lists(hard, np.uint32)},
+        schemas.HARD_NEGATIVES: {"id": ids(hard), "negatives": _lists(hard, np.uint32)},
         schemas.PAIRS: {
             "query": pa.array(query, pa.uint32()),
             "positive": pa.array(positive, pa.uint32()),

@@ -1,0 +1,163 @@
+"""Real processes: two ranks against one, a trainer killed and started again, ranks that fail, a launcher that dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from model import checkpoint
+from pipeline.contracts import schemas
+from pipeline.contracts.datasets import open_manifest, read_file
+from tests.model.conftest import Run
+
+MakeRun = Callable[..., Run]
+ROOT = Path(__file__).resolve().parents[2]
+PLAIN = [sys.executable, "-u", "jobs/train.py"]
+TWO_RANKS = [sys.executable, "-u", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "jobs/train.py"]
+FILES = ("model.safetensors", "model.json", "history.json")
+
+
+def start(command: list[str], run: Run, *arguments: str) -> subprocess.Popen[str]:
+    """Start a trainer whose output can be read line by line."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, "--settings", str(run.file), *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(command: list[str], run: Run, *arguments: str) -> str:
+    """Train to the end and return what was printed."""
+    process = start(command, run, *arguments)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, output
+    return output
+
+
+def files(run: Run) -> dict[str, bytes]:
+    """The model's files, checked against the manifest."""
+    manifest = open_manifest(run.storage, schemas.MODEL)
+    return {file: read_file(run.storage, manifest, file) for file in FILES}
+
+
+def test_two_ranks_train_as_one_process_does(make_run: MakeRun) -> None:
+    training = {"optimizer": "sgd", "learning_rate": 0.3, "epochs": 2}
+    alone, together = make_run(name="alone", training=training), make_run(name="together", training=training)
+    finish(PLAIN, alone)
+    output = finish(TWO_RANKS, together)
+    assert output.count("epoch 2/2") == 1, "only the first rank speaks"
+    curves = [[line["loss"] for line in json.loads(files(run)["history.json"])] for run in (alone, together)]
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+    weights = [safetensors.torch.load(files(run)["model.safetensors"]) for run in (alone, together)]
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-3, atol=1e-5)
+    assert "up to date" in finish(TWO_RANKS, together)
+
+
+@pytest.mark.parametrize("command", [PLAIN, TWO_RANKS], ids=["one process", "two ranks"])
+def test_a_trainer_killed_at_a_random_moment_ends_with_the_same_bytes(make_run: MakeRun, command: list[str]) -> None:
+    training = {"epochs": 10, "checkpoint_every_steps": 2}
+    unbroken, broken = make_run(name="unbroken", training=training), make_run(name="broken", training=training)
+    finish(command, unbroken)
+    process = start(command, broken)
+    assert process.stdout is not None
+    epoch = int(np.random.default_rng().integers(1, 8))
+    for line in process.stdout:
+        if f"epoch {epoch}/10" in line:
+            break
+    ranks = children(process.pid)
+    process.kill()
+    process.wait()
+    for rank in ranks:
+        wait_for_end(rank)
+    assert checkpoint.read(broken.storage) is not None, f"killed in epoch {epoch}"
+    assert "going on from the checkpoint" in finish(command, broken)
+    assert files(broken) == files(unbroken), f"killed in epoch {epoch}"
+
+
+def test_ranks_that_fail_end_with_one_message(make_run: MakeRun) -> None:
+    run = make_run(training={"optimizer": "sgd", "learning_rate": 1e30}, model={"normalise_output": False})
+    process = start(TWO_RANKS, run)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert output.count("error: the loss is") == 1, output
+
+
+def test_a_rank_that_fails_alone_ends_the_others(make_run: MakeRun, tmp_path: Path) -> None:
+    """The second rank stops in its second batch; the first, waiting for it in a collective call, is ended."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import os, sys\n"
+        "from jobs import train\n"
+        "from model.loader import Loader\n"
+        "from pipeline.contracts.errors import StorageError\n"
+        "whole = Loader.batch\n"
+        "def batch(self, epoch, step):\n"
+        "    if self.rank == 1 and step == 1:\n"
+        "        raise StorageError('the disk of rank 1 is gone')\n"
+        "    return whole(self, epoch, step)\n"
+        "Loader.batch = batch\n"
+        "train.MOMENT_SECONDS = 0\n"
+        "sys.exit(train.main())\n"
+    )
+    process = start([*TWO_RANKS[:-1], str(script)], make_run())
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert "error: the disk of rank 1 is gone" in output
+
+
+def test_bad_settings_are_one_message_and_exit_code_one(make_run: MakeRun) -> None:
+    process = start(PLAIN, make_run(), "--set", "task.training.epoch=3")
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert "task.training.epoch: unknown setting; did you mean epochs?" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ties a process to its parent: it went unproved")
+def test_a_process_tied_to_its_parent_ends_with_it() -> None:
+    child = "from model.distributed import die_with_parent; die_with_parent(); print('tied', flush=True); input()"
+    parent = (
+        "import subprocess, sys; "
+        f"process = subprocess.Popen([sys.executable, '-c', {child!r}]); print(process.pid, flush=True); process.wait()"
+    )
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", parent], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert launcher.stdout is not None
+    pid = int(launcher.stdout.readline())
+    assert launcher.stdout.readline() == "tied\n"
+    launcher.send_signal(signal.SIGKILL)
+    launcher.wait()
+    wait_for_end(pid)
+
+
+def children(pid: int) -> list[int]:
+    """The processes that pid has started, where the kernel tells."""
+    listed = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in listed.read_text().split()] if listed.exists() else []
+
+
+def wait_for_end(pid: int) -> None:
+    """Return when the process has ended; fail if it is still there after a while."""
+    try:
+        watched = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    ended, _, _ = select.select([watched], [], [], 30)
+    os.close(watched)
+    assert ended, f"process {pid} outlived its launcher"

@@ -1,0 +1,87 @@
+"""The exported layers give, layer by layer over the catalogue, what mini-batches give."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model import export, trainer
+from model.distributed import Group
+from model.export import Exported, load_exported
+from model.loader import Loader
+from model.trainer import Trainer
+from pipeline.contracts import schemas
+from pipeline.contracts.datasets import open_manifest, read_file
+from pipeline.contracts.replica import padded
+from tests.model.conftest import Run, plant
+
+
+def exported(run: Run) -> Exported:
+    """Train, and load what inference loads."""
+    trainer.train(run.storage, run.settings, trainer.lineage(run.storage, run.settings, 1), Group())
+    manifest = open_manifest(run.storage, schemas.MODEL)
+    files = [read_file(run.storage, manifest, name) for name in ("model.safetensors", "model.json")]
+    return load_exported(files[0], json.loads(files[1]))
+
+
+@pytest.mark.parametrize("num_layers", [0, 1, 2])
+def test_layer_by_layer_equals_mini_batches(make_run: Callable[..., Run], num_layers: int) -> None:
+    planted = plant()
+    neighbours = [list(row)[: item % 7] for item, row in enumerate(planted["neighbours"])]
+    weights = [np.full(len(row), 1 / max(1, len(row))) for row in neighbours]
+    run = make_run(model={"num_layers": num_layers}, training={"epochs": 1}, neighbours=neighbours, weights=weights)
+    network = exported(run)
+    assert network.num_layers == num_layers
+    indptr = np.concatenate([[0], np.cumsum([len(row) for row in neighbours])])
+    rows = np.arange(240)
+    index = padded(indptr, np.concatenate(neighbours).astype(np.int64), rows, 6, np.int64)
+    shares = padded(indptr, np.concatenate(weights), rows, 6, np.float32)
+    h = network.standardise(planted["features"])
+    for layer in range(num_layers):
+        h = network.combine(layer, h, network.pool(network.project(layer, h), index, shares))
+    embeddings = network.head(h)
+    assert embeddings.shape == (240, 16)
+    assert embeddings.dtype == np.float32
+
+    loader = Loader(run.storage, run.settings)
+    model = Trainer(run.settings, loader, Group()).model
+    model.load_state_dict(network._model.state_dict())
+    nobody = np.zeros(0, np.uint32)
+    for seeds in np.array_split(np.random.default_rng(0).permutation(240).astype(np.uint32), 7):
+        blocks = loader.blocks(seeds, nobody, nobody)
+        features, index_tensor = torch.from_numpy(planted["features"][blocks.ids]), torch.from_numpy(blocks.index)
+        with torch.no_grad():
+            z = model(features, index_tensor, torch.from_numpy(blocks.weights), blocks.sizes)
+        np.testing.assert_allclose(embeddings[seeds], z.numpy(), atol=2e-6)
+
+
+def test_pool_reads_memory_maps_and_converts_half_floats_block_by_block(
+    make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = exported(make_run(training={"epochs": 1}))
+    generator = np.random.default_rng(1)
+    index, weights = generator.integers(0, 50, (20, 4)), generator.random((20, 4)).astype(np.float32)
+    monkeypatch.setattr(export, "BLOCK_BYTES", 4 * 8 * 4 * 3)
+    for dtype in (np.float32, np.float16):
+        layer = generator.normal(size=(50, 8)).astype(dtype)
+        np.save(tmp_path / "layer.npy", layer)
+        expected = np.einsum("nt,ntm->nm", weights, layer[index].astype(np.float64))
+        found = network.pool(np.load(tmp_path / "layer.npy", mmap_mode="r"), index, weights)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+        assert found.dtype == np.float32
+
+
+def test_a_pickled_model_computes_the_same(make_run: Callable[..., Run]) -> None:
+    network = exported(make_run(training={"epochs": 1}))
+    features = plant()["features"][:5]
+    before = network.standardise(features)
+    network.set_threads(1)
+    copy = pickle.loads(pickle.dumps(network))
+    np.testing.assert_array_equal(copy.standardise(features), before)
+    assert len(pickle.dumps(network)) < 2 * len(network._weights)

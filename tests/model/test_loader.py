@@ -1,0 +1,155 @@
+"""The loader: every pair once per epoch, the same global batches for any number of ranks, any position at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from model.loader import Batch, Loader, Position, curriculum_row
+from pipeline.contracts import schemas
+from pipeline.contracts.config import CurriculumRow
+from pipeline.contracts.datasets import Lineage, commit, open_manifest
+from pipeline.contracts.errors import DataError
+from tests.model.conftest import Run, plant
+
+MakeRun = Callable[..., Run]
+CPU = torch.device("cpu")
+
+
+def test_every_pair_comes_once_per_epoch_in_another_order(make_run: MakeRun) -> None:
+    planted = plant()
+    run = make_run(training={"batch_size": 100})
+    loader = Loader(run.storage, run.settings)
+    epochs = []
+    for epoch in (1, 2):
+        steps = [loader.examples(epoch, step) for step in range(loader.steps_per_epoch)]
+        epochs.append([pair for step in steps for pair in zip(step.query, step.positive, strict=True)])
+        assert sorted(epochs[-1]) == sorted(zip(planted["query"], planted["positive"], strict=True))
+    assert epochs[0] != epochs[1]
+
+
+def test_the_tail_that_fills_no_batch_is_left_out(make_run: MakeRun) -> None:
+    run = make_run(training={"batch_size": 300})
+    assert Loader(run.storage, run.settings).steps_per_epoch == 3
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_ranks_slices_make_the_global_batch(make_run: MakeRun, world_size: int) -> None:
+    run = make_run()
+    alone = Loader(run.storage, run.settings).examples(2, 3)
+    ranks = [Loader(run.storage, run.settings, rank, world_size).examples(2, 3) for rank in range(world_size)]
+    for name in ("query", "positive", "hard"):
+        joined = np.concatenate([getattr(rank, name) for rank in ranks])
+        np.testing.assert_array_equal(joined, getattr(alone, name))
+        assert len({len(getattr(rank, name)) for rank in ranks}) == 1
+    for rank in ranks:
+        for name in ("negatives", "all_query", "all_positive"):
+            np.testing.assert_array_equal(getattr(rank, name), getattr(alone, name))
+
+
+def test_a_batch_has_equal_shares_and_no_more_pairs_than_there_are(make_run: MakeRun) -> None:
+    run = make_run(training={"batch_size": 5000})
+    assert [Loader(run.storage, run.settings, 0, n).global_batch for n in (1, 2, 3)] == [1000, 1000, 999]
+
+
+def test_hard_negatives_are_drawn_from_the_querys_own_list(make_run: MakeRun) -> None:
+    hard = [[item] if item % 3 else [] for item in range(240)]
+    run = make_run(hard=hard)
+    examples = Loader(run.storage, run.settings).examples(2, 0)
+    expected = np.where(examples.query % 3, examples.query.astype(np.int64), -1)
+    np.testing.assert_array_equal(examples.hard, np.stack([expected, expected], axis=1))
+    assert Loader(run.storage, run.settings).examples(1, 0).hard.shape == (96, 0)
+
+
+def test_catalogue_without_any_hard_negatives_or_neighbours(make_run: MakeRun) -> None:
+    empty: list[list[int]] = [[]] * 240
+    run = make_run(hard=empty, neighbours=empty, weights=empty)
+    batch = Loader(run.storage, run.settings).batch(2, 0)
+    assert (batch.hard == -1).all()
+    assert batch.index.shape == (batch.sizes[1], 0)
+    assert batch.sizes[0] == batch.sizes[2]
+
+
+def test_members_of_a_batch_are_the_examples_items_and_features(make_run: MakeRun) -> None:
+    run = make_run()
+    loader = Loader(run.storage, run.settings)
+    examples, batch = loader.examples(2, 1), loader.batch(2, 1)
+    features = plant()["features"]
+    for places, ids in (
+        (batch.query, examples.query),
+        (batch.positive, examples.positive),
+        (batch.negatives, examples.negatives),
+        (batch.hard, examples.hard),
+    ):
+        np.testing.assert_array_equal(batch.features[places.long()], features[ids])
+        assert places.max() < batch.sizes[-1]
+
+
+def test_a_pair_of_another_rank_is_hidden_too(make_run: MakeRun) -> None:
+    """Items 0 and 1 know only each other; wherever their pair falls in the global batch, no rank sees the edge."""
+    run = make_run(neighbours=[[1], [0], [0]] + [[2]] * 237, weights=[[1.0]] * 240, query=[0] * 96, positive=[1] * 96)
+    loader = Loader(run.storage, run.settings, rank=1, world_size=2)
+    examples = loader.examples(1, 0)
+    blocks = loader.blocks(np.arange(3, dtype=np.uint32), examples.all_query, examples.all_positive)
+    assert blocks.weights[:3].tolist() == [[0.0], [0.0], [1.0]]
+
+
+def test_batches_ahead_equal_batches_asked_for_and_start_anywhere(make_run: MakeRun) -> None:
+    run = make_run(training={"epochs": 2, "batch_size": 200})
+    loader = Loader(run.storage, run.settings)
+    found = list(loader.batches(Position(1, 3), 2, CPU))
+    assert [position for position, _ in found] == [(1, 3), (1, 4), *((2, step) for step in range(5))]
+    for position, batch in found:
+        assert equal(batch, loader.batch(*position))
+    assert list(loader.batches(Position(3, 0), 2, CPU)) == []
+
+
+def test_an_error_while_preparing_reaches_the_trainer(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run()
+    loader = Loader(run.storage, run.settings)
+
+    def fail(*position: int) -> Batch:
+        raise DataError(f"no batch at {position}")
+
+    monkeypatch.setattr(loader, "batch", fail)
+    with pytest.raises(DataError, match=r"no batch at \(1, 0\)"):
+        list(loader.batches(Position(1, 0), 1, CPU))
+
+
+def test_the_last_curriculum_row_that_has_begun_counts() -> None:
+    rows = tuple(CurriculumRow(from_epoch=epoch, hard=epoch) for epoch in (1, 3, 4))
+    assert [curriculum_row(rows, epoch).hard for epoch in range(1, 7)] == [1, 1, 3, 4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("datasets", "world_size", "message"),
+    [
+        ({"query": [], "positive": []}, 1, "0 training pairs for 1 ranks, expected at least one each"),
+        ({"query": [1], "positive": [2]}, 2, "1 training pairs for 2 ranks"),
+        ({"hard": [[1]] * 7}, 1, "datasets of different catalogues.*'hard_negatives': 7"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_named(
+    make_run: MakeRun, datasets: dict[str, Any], world_size: int, message: str
+) -> None:
+    run = make_run(**datasets)
+    with pytest.raises(DataError, match=message):
+        Loader(run.storage, run.settings, 0, world_size)
+
+
+def test_features_without_statistics_are_named(make_run: MakeRun) -> None:
+    run = make_run()
+    features = open_manifest(run.storage, schemas.FEATURES)
+    commit(run.storage, schemas.FEATURES, features.shards, Lineage("test", {}, {}), {"mean": [0.0] * 16})
+    with pytest.raises(DataError, match=r"lacks the std of the 16 features.*pinsage features --force"):
+        Loader(run.storage, run.settings).statistics()
+
+
+def equal(first: Batch, second: Batch) -> bool:
+    """Whether two batches hold the same numbers."""
+    names = [name for name in vars(first) if name != "sizes"]
+    return first.sizes == second.sizes and all(torch.equal(getattr(first, n), getattr(second, n)) for n in names)
