@@ -158,7 +158,7 @@ def commit(
     manifest = Manifest(
         dataset=name,
         schema_version=SCHEMA_VERSION,
-        shards=tuple(sorted(shards, key=lambda shard: shard.name)),
+        shards=tuple(sorted(shards, key=lambda shard: (len(shard.name), shard.name))),
         lineage=lineage,
         metadata=dict(metadata or {}),
         code_version=code_version(),
@@ -245,7 +245,7 @@ def finished_shard(storage: Storage, dataset: Dataset | str, file: int | str, li
             return None
         shard = Shard(**receipt)
         data = storage.read_bytes(f"{name}/{file}")
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return shard if hashlib.sha256(data).hexdigest() == shard.sha256 else None
 
@@ -298,11 +298,12 @@ def _read_checked(storage: Storage, name: str, shard: Shard) -> bytes:
     try:
         data = storage.read_bytes(path)
     except FileNotFoundError:
-        raise DataError(f"{storage.locate(path)} is in the manifest but not there; {_how_to_build(name)}") from None
+        remedy = _how_to_build(name, "again")
+        raise DataError(f"{storage.locate(path)} is in the manifest but not there; {remedy}") from None
     if len(data) != shard.bytes or hashlib.sha256(data).hexdigest() != shard.sha256:
         raise DataError(
             f"{storage.locate(path)} was changed after its manifest was written: it has {len(data):,} bytes, expected "
-            f"{shard.bytes:,} bytes of another checksum; {_how_to_build(name)}"
+            f"{shard.bytes:,} bytes of another checksum; {_how_to_build(name, 'again')}"
         )
     return data
 
@@ -352,12 +353,13 @@ def code_version() -> str:
         return "unpackaged"
 
 
-def _how_to_build(name: str) -> str:
+def _how_to_build(name: str, when: str = "") -> str:
+    """The command; `again` for a dataset whose manifest says that it is there, which would be skipped as up to date."""
     from pipeline.contracts.schemas import STAGES
 
     base = name.split("/", 1)[0]
     stage = next((s.name for s in STAGES if any(base == written.name for written in s.writes)), None)
-    return f"run `pinsage {stage}` to build it" if stage else "run `pinsage run` to build it"
+    return f"run `pinsage {stage or 'run'}{' --force' if when else ''}` to build it{f' {when}' if when else ''}"
 
 
 def _digest(tree: object) -> str:

@@ -7,7 +7,6 @@ stale. Disk: the raw arrays. Memory: one shard while copying.
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import json
 import os
@@ -25,10 +24,12 @@ from pipeline.contracts.datasets import Manifest, arrow_to_lists, arrow_to_vecto
 from pipeline.contracts.errors import StorageError
 from pipeline.contracts.storage import Storage
 
+_DIGITS = 24  # of the content hash in a folder's name
+
 
 def default_cache() -> str:
     """The folder used when resources.cache is not set: in the temporary folder, one per user."""
-    return str(Path(tempfile.gettempdir()) / f"pinsage-{getpass.getuser()}")
+    return str(Path(tempfile.gettempdir()) / f"pinsage-{os.getuid()}")
 
 
 def map_values(storage: Storage, manifest: Manifest, column: str, cache: str | None) -> NDArray[Any]:
@@ -72,7 +73,7 @@ def _open(folder: Path, name: str) -> NDArray[Any]:
 def _replicate(storage: Storage, manifest: Manifest, column: str, cache: str | None, kind: str) -> Path:
     owner = hashlib.sha256(storage.url.encode()).hexdigest()[:12]
     home = Path(cache or default_cache()) / owner / manifest.dataset.replace("/", "-")
-    folder = home / f"{manifest.content[:24]}-{column}"
+    folder = home / f"{manifest.content[:_DIGITS]}-{column}"
     done = folder / "done.json"
     if done.exists():
         return folder
@@ -80,9 +81,13 @@ def _replicate(storage: Storage, manifest: Manifest, column: str, cache: str | N
         home.mkdir(parents=True, exist_ok=True)
         with FileLock(home / f"{column}.lock"):
             if not done.exists():
-                for old in home.glob(f"*-{column}"):
+                for old in home.glob(f"{'?' * _DIGITS}-{column}"):
                     shutil.rmtree(old, ignore_errors=True)
-                _copy(storage, manifest, column, folder, kind)
+                try:
+                    _copy(storage, manifest, column, folder, kind)
+                except BaseException:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    raise
                 done.write_text(json.dumps({"dataset": manifest.dataset, "rows": manifest.num_rows}))
     except OSError as error:
         raise StorageError(

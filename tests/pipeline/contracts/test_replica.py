@@ -1,0 +1,196 @@
+"""Replicas: a host's copy is what the shards hold, made once, whole or not at all."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from pipeline.contracts import replica
+from pipeline.contracts.datasets import Lineage, Manifest, commit, lists_to_arrow, vectors_to_arrow, write_shard
+from pipeline.contracts.errors import DataError, StorageError
+from pipeline.contracts.replica import map_lists, map_values, map_vectors, padded
+from pipeline.contracts.storage import Storage
+
+LINEAGE = Lineage("test", {}, {})
+LENGTHS = [0, 3, 1, 0, 0, 2, 4]
+Usage = namedtuple("Usage", "total used free")
+
+
+def store(storage: Storage, cuts: tuple[int, ...] = (3, 3), first: int = 0) -> Manifest:
+    """Seven rows of a number, a vector and a list, in shards cut before these rows; numbers begin at first."""
+    shards = []
+    for number, rows in enumerate(np.split(np.arange(7), cuts)):
+        lengths = np.array(LENGTHS)[rows]
+        values = np.concatenate([np.arange(first + row, first + row + LENGTHS[row]) for row in [*rows, 0]])
+        table = pa.table(
+            {
+                "degree": pa.array(first + rows, pa.int64()),
+                "vector": vectors_to_arrow(np.outer(first + rows, [1.0, 0.5]).astype(np.float32).reshape(-1, 2)),
+                "ids": lists_to_arrow(np.concatenate([[0], np.cumsum(lengths)]), values.astype(np.uint32)),
+            }
+        )
+        shards.append(write_shard(storage, "things", number, table, LINEAGE))
+    return commit(storage, "things", shards, LINEAGE)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> str:
+    """An empty folder for copies."""
+    return str(tmp_path / "cache")
+
+
+def folders(cache: str, column: str) -> list[Path]:
+    return sorted(path for path in Path(cache).glob(f"*/*/*-{column}") if path.is_dir())
+
+
+@pytest.mark.parametrize("cuts", [(), (3, 3), (1, 2, 3, 4, 5, 6)])
+def test_the_copy_is_what_the_shards_hold_however_they_are_cut(
+    storage: Storage, cache: str, cuts: tuple[int, ...]
+) -> None:
+    manifest = store(storage, cuts)
+    degrees = map_values(storage, manifest, "degree", cache)
+    vectors = map_vectors(storage, manifest, "vector", cache)
+    indptr, ids = map_lists(storage, manifest, "ids", cache)
+    np.testing.assert_array_equal(degrees, np.arange(7))
+    np.testing.assert_array_equal(vectors, np.outer(np.arange(7), [1.0, 0.5]))
+    np.testing.assert_array_equal(np.diff(indptr), LENGTHS)
+    assert [ids[indptr[row] : indptr[row + 1]].tolist() for row in (1, 5)] == [[1, 2, 3], [5, 6]]
+    kinds = [str(array.dtype) for array in (degrees, vectors, indptr, ids)]
+    assert kinds == ["int64", "float32", "int64", "uint32"]
+    assert all(isinstance(array, np.memmap) for array in (degrees, vectors, indptr, ids))
+    with pytest.raises(ValueError, match="read-only"):
+        vectors[0, 0] = 1
+
+
+def test_a_dataset_without_rows_has_a_copy_too(storage: Storage, cache: str) -> None:
+    table = pa.table(
+        {
+            "vector": vectors_to_arrow(np.zeros((0, 3), np.float32)),
+            "ids": lists_to_arrow(np.zeros(1, int), np.zeros(0, np.uint32)),
+        }
+    )
+    manifest = commit(storage, "things", [write_shard(storage, "things", 0, table, LINEAGE)], LINEAGE)
+    assert map_vectors(storage, manifest, "vector", cache).shape == (0, 3)
+    indptr, ids = map_lists(storage, manifest, "ids", cache)
+    assert (indptr.tolist(), ids.shape) == ([0], (0,))
+
+
+def _map(url: str, manifest: Manifest, cache: str, barrier: Any, counter: Any) -> None:
+    """What one of two processes does: wait for the other, then ask for the copy."""
+    original = replica._copy
+
+    def counted(*arguments: Any) -> None:
+        with counter.get_lock():
+            counter.value += 1
+        original(*arguments)
+
+    setattr(replica, "_copy", counted)  # noqa: B010 (in this process alone)
+    barrier.wait()
+    found = map_values(Storage(url), manifest, "degree", cache)
+    os._exit(0 if found.tolist() == list(range(7)) else 1)
+
+
+def test_processes_that_ask_at_once_make_one_copy(storage: Storage, cache: str) -> None:
+    manifest, context = store(storage), multiprocessing.get_context("fork")
+    barrier, counter = context.Barrier(3), context.Value("i", 0)
+    arguments = (storage.url, manifest, cache, barrier, counter)
+    processes = [context.Process(target=_map, args=arguments) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert counter.value == 1
+    assert len(folders(cache, "degree")) == 1
+
+
+def test_a_copy_that_broke_off_is_made_again(storage: Storage, cache: str) -> None:
+    manifest = store(storage)
+    map_values(storage, manifest, "degree", cache)
+    [folder] = folders(cache, "degree")
+    (folder / "done.json").unlink()
+    (folder / "values.npy").write_bytes(b"half")
+    assert map_values(storage, manifest, "degree", cache).tolist() == list(range(7))
+
+
+def test_a_second_reader_copies_nothing(storage: Storage, cache: str) -> None:
+    manifest = store(storage)
+    map_values(storage, manifest, "degree", cache)
+    storage.delete("things")
+    assert map_values(storage, manifest, "degree", cache).tolist() == list(range(7))
+
+
+def test_a_new_version_takes_the_place_of_the_old_copy_of_the_same_column_alone(storage: Storage, cache: str) -> None:
+    old = store(storage)
+    opened = map_values(storage, old, "degree", cache)
+    map_vectors(storage, old, "vector", cache)
+    new = store(storage, first=100)
+    assert map_values(storage, new, "degree", cache).tolist() == list(range(100, 107))
+    assert [len(folders(cache, column)) for column in ("degree", "vector")] == [1, 1]
+    assert opened.tolist() == list(range(7)), "who has the old copy open keeps reading it"
+
+
+def test_two_runs_share_a_cache_without_sharing_copies(tmp_path: Path, cache: str) -> None:
+    one, two = Storage(str(tmp_path / "one")), Storage(str(tmp_path / "two"))
+    first, second = store(one), store(two, first=50)
+    for _ in range(2):
+        assert map_values(one, first, "degree", cache)[0] == 0
+        assert map_values(two, second, "degree", cache)[0] == 50
+    assert len(folders(cache, "degree")) == 2
+
+
+def test_columns_whose_names_end_alike_do_not_disturb_each_other(storage: Storage, cache: str) -> None:
+    table = pa.table({"degree": [1, 2], "mean-degree": [3, 4]})
+    manifest = commit(storage, "things", [write_shard(storage, "things", 0, table, LINEAGE)], LINEAGE)
+    map_values(storage, manifest, "mean-degree", cache)
+    map_values(storage, manifest, "degree", cache)
+    assert len(list(Path(cache).glob("*/*/*/done.json"))) == 2
+
+
+def test_a_changed_shard_is_never_copied(storage: Storage, cache: str) -> None:
+    manifest = store(storage)
+    storage.write_bytes("things/part-00001.parquet", b"other")
+    with pytest.raises(DataError, match=r"things/part-00001\.parquet was changed after its manifest"):
+        map_values(storage, manifest, "degree", cache)
+    store(storage)
+    assert map_values(storage, manifest, "degree", cache).tolist() == list(range(7))
+
+
+def test_a_full_disk_is_explained_and_leaves_no_copy(
+    storage: Storage, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = store(storage)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 30, 1 << 30, 1000))
+        with pytest.raises(StorageError) as caught:
+            map_vectors(storage, manifest, "vector", cache)
+    assert "cannot keep a local copy of things in" in str(caught.value)
+    assert "1,000 are free; make room there or set resources.cache" in str(caught.value)
+    assert not list(Path(cache).rglob("values.*")), "what was copied so far makes the disk no fuller"
+    assert map_vectors(storage, manifest, "vector", cache).shape == (7, 2)
+
+
+def test_a_file_in_the_way_of_the_cache_is_explained(storage: Storage, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match=r"cannot keep a local copy of things in .*set resources\.cache"):
+        map_values(storage, store(storage), "degree", str(tmp_path / "file"))
+
+
+@given(lists=st.lists(st.lists(st.integers(1, 99), max_size=5), min_size=1, max_size=6), width=st.integers(1, 6))
+def test_padding_cuts_long_lists_and_fills_short_ones(lists: list[list[int]], width: int) -> None:
+    indptr = np.cumsum([0, *(len(row) for row in lists)])
+    values = np.array([value for row in lists for value in row], dtype=np.uint32)
+    rows: NDArray[np.int64] = np.arange(len(lists))[::-1]
+    expected = [(lists[row] + [0] * width)[:width] for row in rows]
+    assert padded(indptr, values, rows, width, np.uint32).tolist() == expected
