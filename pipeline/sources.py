@@ -136,7 +136,7 @@ class _BadRows:
     def table(self, piece: Piece, url: str) -> pa.Table:
         """As schemas.QUARANTINE, in row order, with what the file could not even hold as a row."""
         places = np.flatnonzero(self.mask)
-        values = piece.table.take(pa.array(places)).to_pylist()
+        values = _without_long_lists(piece.table).take(pa.array(places)).to_pylist()
         lines = [
             (int(piece.rows[place]), self.reasons[place], {name: _shortened(value) for name, value in row.items()})
             for place, row in zip(places.tolist(), values, strict=True)
@@ -506,6 +506,15 @@ def _floats(array: pa.Array, dtype: type[np.floating] = np.float32) -> NDArray[A
 def _mask(array: pa.Array) -> NDArray[np.bool_]:
     mask: NDArray[np.bool_] = array.to_numpy(zero_copy_only=False)
     return mask
+
+
+def _without_long_lists(table: pa.Table) -> pa.Table:
+    """The first few elements of every list: a whole vector as Python numbers would fill memory and tell no more."""
+    for place, field in enumerate(table.schema):
+        if _is_list(field.type):
+            start = pc.list_slice(table.column(place), 0, 6, return_fixed_size_list=False)
+            table = table.set_column(place, field.name, start)
+    return table
 
 
 def _such_as(array: pa.Array) -> str:

@@ -57,10 +57,10 @@ def test_a_constant_or_wholly_missing_number_is_zero() -> None:
 
 
 def test_categories_are_slots_by_frequency_then_name_and_rows_have_length_one() -> None:
-    values = [["b", "a"], ["b"], ["c"], ["d"], None]
+    values = [["b", "z"], ["b"], ["c"], ["d"], None]
     encoded = encode(values, NAMES, Features(categories=2), kind="categorical")
     half = float(np.sqrt(0.5))
-    expected = [[half, half, 0.0, 0.0], [1.0, 0, 0, 0], [0.0, 0, 1, 0], [0.0, 0, 1, 0], [0.0, 0, 0, 1]]
+    expected = [[half, 0.0, half, 0.0], [1.0, 0, 0, 0], [0.0, 1, 0, 0], [0.0, 0, 1, 0], [0.0, 0, 0, 1]]
     np.testing.assert_allclose(encoded, expected, rtol=1e-6)
 
 
