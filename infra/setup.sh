@@ -21,9 +21,12 @@ fail() {
 }
 
 on_debian_as_root() { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && [ -e /etc/debian_version ]; }
-apt_install() { # PACKAGE...: as root on Debian or Ubuntu
+apt_install() { # PACKAGE...: as root on Debian or Ubuntu; silent unless it fails
+    local output
     export DEBIAN_FRONTEND=noninteractive
-    apt-get update -qq </dev/null && apt-get install -y -qq --no-install-recommends "$@" </dev/null >/dev/null
+    output=$( (apt-get update -qq && apt-get install -y -qq --no-install-recommends "$@") </dev/null 2>&1) && return
+    printf '%s\n' "$output" >&2
+    return 1
 }
 
 # --- Python -----------------------------------------------------------------------------------------------------------
@@ -124,7 +127,8 @@ pip_install() { # ARGS: pip into a log, with a sign of life; the log's end if it
     pip=$!
     trap 'kill "$pip" 2>/dev/null || true; wait "$pip" 2>/dev/null || true; exit 130' INT TERM HUP
     while kill -0 "$pip" 2>/dev/null; do
-        last=$(grep -E '^ *(Collecting|Downloading|Building|Installing|Using cached)' "$LOG" | tail -n 1 | sed -E 's/^ +//' | cut -c 1-80 || true)
+        last=$(grep -E '^ *(Collecting|Downloading|Building|Installing|Using cached)' "$LOG" | tail -n 1 | 
+            sed -E 's/^ +//; s/^(Installing) collected packages.*, .*/\1 what was downloaded: about a minute/' | cut -c 1-80 || true)
         if [ -t 1 ]; then
             printf '\r\033[K  %4d s  %s' $((SECONDS - start)) "$last"
         elif [ $(((SECONDS - start) / 15)) -gt "$shown" ]; then
