@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from pyspark.sql import SparkSession
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from pipeline import ranking, report
 from pipeline.contracts import datasets, schemas
@@ -52,7 +53,7 @@ def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Line
     task = settings.task.evaluation
     order_only = settings.task.data.interactions.timestamp_unit == "order"
     half_life = task.half_life_days * (1 if order_only else DAY)
-    source = Source(storage, manifests, settings.resources.cache, half_life)
+    source = Source(storage, manifests, settings.resources.cache, settings.resources.threads, half_life)
 
     shards = [{"shard": number} for number in range(len(manifests["interactions"].shards))]
     counted = run_tasks(spark, shards, partial(count_shard, source=source), "evaluation: test events")
@@ -241,11 +242,12 @@ def sample_blocks(
 
 @dataclass(frozen=True)
 class Source:
-    """Where a Spark task finds its data."""
+    """Where a Spark task finds its data, and how many threads it may use."""
 
     storage: Storage
     manifests: Mapping[str, Manifest]
     cache: str | None
+    threads: int
     half_life: float
 
     def values(self, dataset: str, column: str) -> NDArray[Any]:
@@ -317,12 +319,13 @@ def rank_block(task: Mapping[str, Any], source: Source, name: str) -> dict[str, 
         users.append(asking)
     questions = ranking.join_questions(parts)
     degrees, content = source.values("items", "degree"), source.content()
-    ranks = {
-        PINSAGE: ranking.vector_ranks(questions, Catalogue(source.vectors("embeddings", "embedding"))),
-        POPULARITY: ranking.popularity_ranks(questions, degrees),
-        ITEM_KNN: ranking.cooccurrence_ranks(questions, source.lists("item_users"), source.lists("user_items")),
-        **({} if content is None else {CONTENT_KNN: ranking.vector_ranks(questions, content)}),
-    }
+    with threadpool_limits(source.threads):
+        ranks = {
+            PINSAGE: ranking.vector_ranks(questions, Catalogue(source.vectors("embeddings", "embedding"))),
+            POPULARITY: ranking.popularity_ranks(questions, degrees),
+            ITEM_KNN: ranking.cooccurrence_ranks(questions, source.lists("item_users"), source.lists("user_items")),
+            **({} if content is None else {CONTENT_KNN: ranking.vector_ranks(questions, content)}),
+        }
     return {
         "users": np.concatenate(users).tolist(),
         "candidates": (len(degrees) - np.diff(questions.seen_indptr)).tolist(),
@@ -339,6 +342,9 @@ def survey_catalogue(task: Mapping[str, Any], source: Source, arguments: tuple[i
     vectors = source.vectors("embeddings", "embedding")
     last = max(0, min(len(degrees), round(tail_share * len(degrees))) - 1)
     tail_degree = int(np.partition(degrees, last)[last]) if tail_share > 0 else -1
+    with threadpool_limits(source.threads):
+        health = embedding_health(vectors, seed)
+        examples = find_examples(source, vectors, degrees, num_examples)
     return {
         "catalogue": {
             "items": len(degrees),
@@ -352,8 +358,8 @@ def survey_catalogue(task: Mapping[str, Any], source: Source, arguments: tuple[i
             "cold": {"items": int((degrees <= cold_degree).sum()), "degree_at_most": cold_degree},
             "tail": {"items": int((degrees <= tail_degree).sum()), "degree_at_most": tail_degree},
         },
-        "embeddings": embedding_health(vectors, seed),
-        "examples": find_examples(source, vectors, degrees, num_examples),
+        "embeddings": health,
+        "examples": examples,
     }
 
 

@@ -263,7 +263,14 @@ EVALUATION_STAGE = Stage(
     "evaluation",
     (INTERACTIONS, ITEMS, ITEM_USERS, USER_ITEMS, FEATURES, EMBEDDINGS, INDEX, MODEL),
     (EVALUATION,),
-    ("task.seed", "task.name", "task.split", "task.evaluation", "resources.threads"),
+    (
+        "task.seed",
+        "task.name",
+        "task.split",
+        "task.evaluation",
+        "task.data.interactions.timestamp_unit",
+        "resources.threads",
+    ),
     "rank the full catalogue for unseen events, beside baselines; write the report",
 )
 
