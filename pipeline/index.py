@@ -54,11 +54,12 @@ def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Line
     datasets.begin(storage, INDEX)
     vectors = map_vectors(storage, embeddings, "embedding", settings.resources.cache)
     task = settings.task.index
+    factory = choose_factory(len(vectors), task.train_rows) if task.factory == "auto" else task.factory
     with omp_threads(settings.resources.threads):
         stored = datasets.finished_shard(storage, INDEX, INDEX_FILE, lineage)
         if stored is None:
             check_vectors(storage, embeddings, vectors)
-            index = train(vectors, task.factory, task.train_rows, settings.task.seed)
+            index = train(vectors, factory, task.train_rows, settings.task.seed)
             with progress("index: add", len(vectors)) as advance:
                 for _, block in _blocks(vectors, embeddings):
                     index.add(block)
@@ -69,7 +70,7 @@ def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Line
         report = measure(
             index, vectors, list(_bounds(embeddings)), task.k, task.num_queries, task.recall_target, settings.task.seed
         )
-    report |= {"factory": task.factory, "bytes_per_vector": round(stored.bytes / len(vectors), 1)}
+    report |= {"factory": factory, "bytes_per_vector": round(stored.bytes / len(vectors), 1)}
     text = json.dumps(report, indent=1, sort_keys=True).encode()
     keys = _store_keys(storage, embeddings, lineage)
     recall = datasets.write_file(storage, INDEX.name, RECALL_FILE, text, lineage)
@@ -94,19 +95,18 @@ def train(vectors: Vectors, factory: str, train_rows: int, seed: int) -> faiss.I
     Raises SettingsError if FAISS does not know the factory string, or cannot train it on so few vectors.
     """
     num_vectors, width = vectors.shape
-    name = choose_factory(num_vectors, train_rows) if factory == "auto" else factory
     try:
-        index = faiss.index_factory(width, name, faiss.METRIC_INNER_PRODUCT)
+        index = faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         raise SettingsError(
-            f"task.index.factory {name}: FAISS does not build it for {width} dimensions ({_reason(error)}); use auto"
+            f"task.index.factory {factory}: FAISS does not build it for {width} dimensions ({_reason(error)}); use auto"
         ) from None
     size = min(train_rows, num_vectors)
     inverted = faiss.try_extract_index_ivf(index)
     if inverted is not None and inverted.nlist > size:
         raise SettingsError(
-            f"task.index.factory {name} has {inverted.nlist:,} lists, and there are {size:,} vectors to train them on; "
-            "use fewer lists, or auto"
+            f"task.index.factory {factory} has {inverted.nlist:,} lists, and there are {size:,} vectors to train "
+            "them on; use fewer lists, or auto"
         )
     if not index.is_trained:
         offset = np.random.default_rng([seed, 1]).random()
@@ -118,7 +118,7 @@ def train(vectors: Vectors, factory: str, train_rows: int, seed: int) -> faiss.I
             index.train(np.ascontiguousarray(vectors[rows], dtype=np.float32))
         except RuntimeError as error:
             raise SettingsError(
-                f"task.index.factory {name}: FAISS cannot train it on {size:,} vectors ({_reason(error)}); use auto"
+                f"task.index.factory {factory}: FAISS cannot train it on {size:,} vectors ({_reason(error)}); use auto"
             ) from None
     return index
 

@@ -20,6 +20,8 @@ Point = tuple[float, float]
 TASKS = {"item_to_item": "Item to item", "user_to_item": "User to item"}
 METHODS = ("PinSage", "content-only kNN", "item-kNN", "popularity")
 """In this order everywhere; the colour of a method is its place."""
+FEW_USERS = 30
+"""Below this a bootstrap interval is too narrow to be believed."""
 
 
 # ------------------------------------------------------------------------------------------------ terminal
@@ -31,9 +33,11 @@ def terminal(metrics: Metrics) -> list[RenderableType]:
     return parts + ([examples_table(metrics)] if metrics["examples"] else [])
 
 
-def evaluation_table(metrics: Metrics, task: str) -> Table:
-    """Methods by metrics with the half-width of their 95 % intervals; the best of each slice in bold."""
+def evaluation_table(metrics: Metrics, task: str) -> Table | str:
+    """Methods by metrics with the half-width of their 95 % intervals, the best of each slice in bold; or why not."""
     result = metrics["tasks"][task]
+    if not result["slices"]:
+        return f"[bold]{TASKS[task]}[/]: nothing to rank, {_why_empty(result, task)}\n"
     names = _shown_metrics(metrics)
     table = Table(title=f"{TASKS[task]}: {_counts_line(result, task)}", title_justify="left", title_style="bold")
     for heading in ("targets", "method"):
@@ -53,8 +57,6 @@ def evaluation_table(metrics: Metrics, task: str) -> Table:
         if not _methods(found):
             table.add_row(about, "[dim]nothing to rank[/]")
         table.add_section()
-    if not result["slices"]:
-        table.add_row("[dim]none[/]", f"[dim]{_why_empty(result, task)}[/]")
     return table
 
 
@@ -121,7 +123,7 @@ def _task_section(metrics: Metrics, task: str) -> str:
     result = metrics["tasks"][task]
     head = f"<h3>{TASKS[task]}</h3><p>{escape(_counts_line(result, task))}.</p>"
     if not result["slices"]:
-        return f'{head}<p class="note">{escape(_why_empty(result, task))}</p>'
+        return f"{head}<p>Nothing to rank: {escape(_why_empty(result, task))}.</p>"
     names = [name for name in _metric_names(metrics) if task == "user_to_item" or not name.startswith("recall")]
     hit = next(name for name in names if name.startswith("hit_rate"))
     charts = "".join(
@@ -129,7 +131,7 @@ def _task_section(metrics: Metrics, task: str) -> str:
         f"{bars(_bar_groups(result, name), _label(name))}</figure>"
         for name in (hit, "mrr")
     )
-    rows = []
+    rows, leads = [], []
     for slice_name, found in sorted(result["slices"].items()):
         counts, border = found["counts"], metrics["slices"][slice_name]
         limit = border["degree_at_most"]
@@ -139,16 +141,26 @@ def _task_section(metrics: Metrics, task: str) -> str:
         if "candidates" in counts:
             about += f"; {counts['candidates']:,.0f} candidates on average"
         heading = f"{slice_name} <small>{escape(about)}</small>"
-        rows.append(f'<tr class="slice"><th colspan="{len(names) + 2}">{heading}</th></tr>')
+        rows.append(f'<tr class="slice"><th colspan="{len(names) + 1}">{heading}</th></tr>')
         for method in _methods(found):
             cells = "".join(_cell(found["methods"][method][name], method in _best(found, name)) for name in names)
-            rows.append(f"<tr><th>{escape(method)}</th>{cells}<td>{_lead(found, method)}</td></tr>")
-    heads = "".join(f"<th>{_label(name)}</th>" for name in names)
-    table = (
-        f'<div class="scroll"><table><thead><tr><th>method</th>{heads}<th>PinSage leads by</th></tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
+            rows.append(f"<tr><th>{escape(method)}</th>{cells}</tr>")
+            lead = found["leads"].get(method, {})
+            cells = "".join(_lead_cell(value, counts["users"]) for _, value in sorted(lead.items()))
+            if cells:
+                leads.append(f"<tr><th>{slice_name}: over {escape(method)}</th>{cells}</tr>")
+    lead_names = sorted(
+        next((lead for part in result["slices"].values() for lead in part.get("leads", {}).values()), {})
     )
-    return f'{head}<div class="charts">{charts}</div>{_legend(result)}{table}'
+    return (
+        f'{head}<div class="charts">{charts}</div>{_legend(result)}{_table(["method", *map(_label, names)], rows)}'
+        f"<h4>PinSage's lead, paired</h4>{_table(['slice', *map(_label, lead_names)], leads)}"
+    )
+
+
+def _table(heads: Sequence[str], rows: Sequence[str]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in heads)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
 def _cell(value: Metrics, best: bool) -> str:
@@ -156,22 +168,18 @@ def _cell(value: Metrics, best: bool) -> str:
     return f"<td{' class=best' if best else ''}>{value['mean']:.4f}{spread}</td>"
 
 
-def _lead(found: Metrics, method: str) -> str:
-    """PinSage minus this method, and whether the paired interval leaves 0 out."""
-    lines = []
-    for name, value in sorted(found["leads"].get(method, {}).items()):
-        if value["low"] is None:
-            sure = "one user only"
-        else:
-            sure = "better" if value["low"] > 0 else "worse" if value["high"] < 0 else "not clear"
-        spread = "" if value["low"] is None else f" ({value['low']:+.4f} to {value['high']:+.4f})"
-        lines.append(f"{_label(name)} {value['mean']:+.4f}{spread} <i>{sure}</i>")
-    return f"<small>{'<br>'.join(lines)}</small>"
+def _lead_cell(value: Metrics, num_users: int) -> str:
+    """PinSage minus another method, and whether the paired interval leaves 0 out."""
+    if value["low"] is None or num_users < FEW_USERS:
+        return f"<td>{value['mean']:+.4f} <i>too few users to say</i></td>"
+    sure = "better" if value["low"] > 0 else "worse" if value["high"] < 0 else "not clear"
+    return f"<td>{value['mean']:+.4f} <i>{sure}</i><small>{value['low']:+.4f} to {value['high']:+.4f}</small></td>"
 
 
 def _example(example: Metrics) -> str:
     near = "".join(
-        f"<li><span>{escape(_name(n))}</span><small>{n['score']:.3f}</small></li>" for n in example["neighbours"]
+        f"<li><div><span>{escape(_name(n))}</span><small>{n['score']:.3f}</small></div></li>"
+        for n in example["neighbours"]
     )
     about = f"{example['degree']:,} interactions, key {example['key']}"
     return f'<div class="card"><b>{escape(_name(example))}</b><small>{escape(about)}</small><ol>{near}</ol></div>'
@@ -187,11 +195,12 @@ def _index_card(index: Metrics) -> str:
         "target": f"{index['target']:g}, {met}",
         "bytes per vector": index["bytes_per_vector"],
     }
-    curve = [(point["compared"] / index["num_vectors"], point["recall"]) for point in index["curve"]]
-    labels = [str(point["width"]) for point in index["curve"]]
-    name = next(iter(index["search"]), "")
-    drawing = line(curve, "share of the vectors compared", "recall", labels) if len(curve) > 1 else ""
-    note = f"<figcaption>recall against work, by {escape(name)}</figcaption>" if drawing else ""
+    compared = index["curve"][-1]["compared"] / index["num_vectors"] if index["curve"] else 1.0
+    facts["vectors compared"] = f"{compared:.1%} per query"
+    curve = [(float(place), float(point["recall"])) for place, point in enumerate(index["curve"])]
+    name, labels = next(iter(index["search"]), ""), [str(point["width"]) for point in index["curve"]]
+    drawing = line(curve, name, "recall", labels) if len(curve) > 1 else ""
+    note = f"<figcaption>recall@{index['k']} of the tuning queries, by {escape(name)}</figcaption>" if drawing else ""
     return f'<div class="card"><b>Index</b>{_facts(facts)}<figure>{note}{drawing}</figure></div>'
 
 
@@ -216,9 +225,9 @@ def _embeddings_card(health: Metrics) -> str:
         "coverage@10": f"{health['coverage@10']:.1%}",
     }
     return (
-        f'<div class="card"><b>Embeddings</b>{_facts(facts)}<p class="note">Random pairs should spread around 0: a '
-        "high mean or a small spread says that all items look alike. Coverage is the share of different items among the "
-        "ten nearest of a sample, of the most there could be.</p></div>"
+        f'<div class="card"><b>Embeddings</b>{_facts(facts)}<p class="note">Cosines of random pairs should spread '
+        "around 0: a high mean or a small spread says that all items look alike. Coverage is the share of different "
+        "items among the ten nearest of a sample, of the most there could be.</p></div>"
     )
 
 
@@ -281,27 +290,25 @@ def bars(groups: Sequence[tuple[str, Sequence[tuple[str, Metrics]]]], label: str
 
 
 def line(points: Sequence[Point], x_label: str, y_label: str, names: Sequence[str] = ()) -> str:
-    """One curve with dots; names are written beside them."""
+    """One curve with dots; names, if given, are written along the x axis, one for each point, instead of numbers."""
     width, height, left, bottom = 420, 220, 50, 40
     xs, ys = [x for x, _ in points], [y for _, y in points]
-    x_ticks, y_ticks = nice_ticks(min(xs), max(xs)), nice_ticks(min(ys), max(ys))
+    x_ticks = xs if names else nice_ticks(min(xs), max(xs))
+    y_ticks = nice_ticks(min(ys), max(ys))
 
     def x(value: float) -> float:
-        return left + 8 + (width - left - 26) * (value - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
+        return left + 14 + (width - left - 32) * (value - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
 
     def y(value: float) -> float:
         return 12 + (height - 12 - bottom) * (1 - (value - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]))
 
     parts = _grid(y_ticks, y, left, width)
-    parts += [_text(x(tick), height - 22, f"{tick:g}") for tick in x_ticks]
+    words = names or [f"{tick:g}" for tick in x_ticks]
+    parts += [_text(x(tick), height - 22, word) for tick, word in zip(x_ticks, words, strict=True)]
     parts.append(_text((left + width) / 2, height - 5, x_label))
     parts.append(f'<polyline class="curve" points="{" ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in points)}"/>')
-    for place, (a, b) in enumerate(points):
-        name = names[place] if names else f"{a:g}"
-        about = f"<title>{escape(name)}: {b:.4f}</title>"
-        parts.append(f'<circle class="dot" cx="{x(a):.1f}" cy="{y(b):.1f}" r="3.5">{about}</circle>')
-        if names:
-            parts.append(_text(x(a), y(b) + 16, name))
+    for a, b in points:
+        parts.append(f'<circle class="dot" cx="{x(a):.1f}" cy="{y(b):.1f}" r="3.5"><title>{b:.4f}</title></circle>')
     return _svg(width, height, parts, f"{y_label} against {x_label}")
 
 
@@ -385,7 +392,7 @@ def _interval(value: Metrics) -> str:
 def _counts_line(result: Metrics, task: str) -> str:
     counts = result["counts"]
     ranked, queries = result["num_ranked"], counts["queries"]
-    drawn = f"all {queries:,}" if ranked == queries else f"{ranked:,} of {queries:,}"
+    drawn = f"{ranked:,} of {queries:,}" if ranked < queries else f"all {queries:,}" if queries else "no"
     if task == "item_to_item":
         return (
             f"{drawn} events ranked; of {counts['test_events']:,} test events {counts['without_earlier_item']:,} have "
@@ -441,15 +448,17 @@ th,td{padding:6px 12px;text-align:right;border-bottom:1px solid var(--line);whit
 vertical-align:top}
 th:first-child{text-align:left}thead th{color:var(--dim);font-size:13px}td small{display:block}
 tbody th{font-weight:500}
-td:last-child{text-align:left}td:last-child i{font-style:normal;color:var(--ink)}
+td i{font-style:normal;color:var(--dim);font-size:13px}
+h4{font-size:14px;margin:16px 0 6px}
+tbody tr:not(.slice)>th{position:sticky;left:0;background:var(--card)}
 .slice th{background:var(--paper);font-weight:600;white-space:normal}.slice small{font-weight:400;margin-left:8px}
 .best{background:var(--best);font-weight:600}.best small{font-weight:400}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(260px,1fr));gap:14px}
 .wide{grid-template-columns:repeat(auto-fill,minmax(300px,1fr))}
 .card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px 16px;min-width:0}
 .card>small{display:block}.card ol{margin:8px 0 0;padding-left:22px;font-size:14px}
-.card li>span{overflow-wrap:anywhere}
-.card li small{float:right;margin-left:8px}
+.card li>div{display:flex;justify-content:space-between;gap:8px;align-items:baseline}
+.card li span{overflow-wrap:anywhere}
 dl{display:grid;grid-template-columns:auto 1fr;gap:2px 14px;margin:8px 0;font-size:13px}dt{color:var(--dim)}
 dd{margin:0;overflow-wrap:anywhere;font-variant-numeric:tabular-nums}details{margin:6px 0}summary{cursor:pointer}
 code{font-size:12px;overflow-wrap:anywhere}
