@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -32,7 +33,7 @@ app = typer.Typer(
     Start with `pinsage init interactions.parquet --items items.parquet`, read the settings file it writes, then
     `pinsage run -s pinsage.yaml`. An interrupted command goes on where it was when you type it again.""",
 )
-console = Console(highlight=False)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 def main() -> None:
@@ -174,7 +175,7 @@ def _state(storage: Storage, dataset: schemas.Dataset, wanted: str | None) -> tu
         state = "[yellow]building[/]" if storage.names(f"{dataset.name}/{RECEIPTS}") else "[red]missing[/]"
         return state, "", "", "", ""
     found = manifest.lineage.fingerprint
-    made = datetime.datetime.fromtimestamp(manifest.created_at).strftime("%Y-%m-%d %H:%M:%S")
+    made = datetime.datetime.fromtimestamp(manifest.created_at).strftime("%m-%d %H:%M:%S")
     state = "[green]ready[/]" if found == wanted else "[yellow]changed[/]"
     return state, f"{manifest.num_rows:,}", f"{manifest.num_bytes:,}", made, found[:10]
 

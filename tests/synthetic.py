@@ -28,8 +28,8 @@ def compressed(adjacency: NDArray[np.float64]) -> BipartiteGraph:
 def write_shop(folder: Path, num_users: int = 240, num_groups: int = 6, items_per_group: int = 12, seed: int = 0) -> None:
     """interactions.parquet and items.parquet of a shop whose baskets stay within one group of items.
 
-    An item's title names its group, and each group's last two items are sold only in the last fifth of the time: cold
-    in training, to be found by their words alone. Item "lonely" is never sold.
+    An item's title names its group, and each group's last two items are sold only in the last tenth of the time:
+    cold in training, to be found by their words alone. Item "lonely" is never sold.
     """
     generator = np.random.default_rng(seed)
     users: list[str] = []
@@ -37,7 +37,7 @@ def write_shop(folder: Path, num_users: int = 240, num_groups: int = 6, items_pe
     times: list[int] = []
     for user in range(num_users):
         group = user % num_groups
-        newest = items_per_group if user >= num_users * 4 // 5 else items_per_group - 2
+        newest = items_per_group if user >= num_users * 9 // 10 else items_per_group - 2
         for place, item in enumerate(generator.permutation(newest)[:6]):
             users.append(f"basket {user:04d}")
             items.append(f"g{group}-{item:02d}")

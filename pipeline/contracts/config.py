@@ -571,7 +571,7 @@ def _plain(value: object) -> str:
 
 def _resolve_paths(settings: Settings, base: Path) -> Settings:
     def absolute(path: str) -> str:
-        return path if "://" in path or os.path.isabs(path) else str(base / path)
+        return path if "://" in path or os.path.isabs(path) else os.path.normpath(base / path)
 
     tree = settings.model_dump()
     data, resources = tree["task"]["data"], tree["resources"]

@@ -1,0 +1,126 @@
+"""Raw events to embeddings and index through the real command; then again, killed at random moments."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.contracts import schemas
+from pipeline.contracts.datasets import arrow_to_lists, arrow_to_vectors, open_manifest, read_table
+from pipeline.contracts.storage import Storage
+from tests.runs import command, differences, environment, make_shop, pinsage
+
+KILLS = 5
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the shop, its settings and a finished run."""
+    folder = tmp_path_factory.mktemp("shop")
+    settings = make_shop(folder, training={"epochs": 30, "batch_size": 64, "learning_rate": 0.01})
+    started = time.monotonic()
+    pinsage("run", "--settings", str(settings))
+    (folder / "seconds").write_text(str(time.monotonic() - started))
+    return folder
+
+
+def test_the_planted_groups_are_found_and_cold_items_too(shop: Path) -> None:
+    metrics = json.loads((shop / "run" / "evaluation" / "metrics.json").read_text())
+    slices = metrics["tasks"]["item_to_item"]["slices"]
+    everything, cold = slices["all"]["methods"], slices["cold"]["methods"]
+    assert everything["PinSage"]["mrr"]["mean"] > 2 * everything["popularity"]["mrr"]["mean"]
+    assert cold["PinSage"]["hit_rate@10"]["mean"] > max(
+        0.3, cold["popularity"]["hit_rate@10"]["mean"], cold["item-kNN"]["hit_rate@10"]["mean"]
+    )
+
+
+def test_every_item_of_the_catalogue_has_an_embedding_and_an_index_entry(shop: Path) -> None:
+    storage = Storage(str(shop / "run"))
+    embeddings = read_table(storage, open_manifest(storage, schemas.EMBEDDINGS))
+    keys = pq.read_table(shop / "data" / "items.parquet").column("product").to_pylist()
+    assert sorted(embeddings.column("key").to_pylist()) == sorted(keys)
+    vectors = arrow_to_vectors(embeddings.column("embedding"))
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1.0, rtol=1e-5)
+    shown = pinsage("query", "g3-02", "-k", "5", "--settings", str(shop / "shop.yaml")).stdout
+    assert shown.count("g3-") >= 4
+
+
+def test_nothing_dated_after_the_split_reaches_graph_features_or_pairs(shop: Path) -> None:
+    storage = Storage(str(shop / "run"))
+    manifest = open_manifest(storage, schemas.INTERACTIONS)
+    first_held_out = min(manifest.metadata["validation_from"], manifest.metadata["test_from"])
+    events = read_table(storage, manifest)
+    users, items, times = (events.column(name).to_numpy() for name in ("user_id", "item_id", "timestamp"))
+    known = set(zip(users[times < first_held_out].tolist(), items[times < first_held_out].tolist(), strict=True))
+    graph = read_table(storage, open_manifest(storage, schemas.USER_ITEMS))
+    indptr, neighbours = arrow_to_lists(graph.column("neighbours"))
+    edges = set(zip(np.repeat(np.arange(len(indptr) - 1), np.diff(indptr)).tolist(), neighbours.tolist(), strict=True))
+    assert edges == known
+    pairs = read_table(storage, open_manifest(storage, schemas.PAIRS))
+    assert pairs.column("timestamp").to_numpy().max() < first_held_out
+    degrees = read_table(storage, open_manifest(storage, schemas.ITEMS)).column("degree").to_numpy()
+    np.testing.assert_array_equal(degrees, np.bincount([item for _, item in known], minlength=len(degrees)))
+    stored = open_manifest(storage, schemas.FEATURES)
+    column = next(c for c in stored.metadata["columns"] if c["kind"] == "degree")
+    features = arrow_to_vectors(read_table(storage, stored).column("features"))
+    np.testing.assert_allclose(features[:, column["start"]], np.log1p(degrees), rtol=1e-5)
+
+
+def test_the_second_run_does_nothing_and_a_changed_setting_rebuilds_what_depends_on_it(shop: Path) -> None:
+    settings = str(shop / "shop.yaml")
+    again = pinsage("run", "--settings", settings).stderr
+    assert again.count("up to date") == len(schemas.STAGES)
+    changed = pinsage("status", "--settings", settings, "--set", "task.index.k=5").stdout
+    states = {name: line for line in changed.splitlines() for name in ("embeddings", "index") if f" {name} " in line}
+    assert "ready" in states["embeddings"]
+    assert "changed" in states["index"]
+
+
+def test_killed_at_random_moments_a_run_ends_with_the_same_bytes(shop: Path, tmp_path: Path) -> None:
+    """SIGKILL to the driver or to a trainer, five times, then run to the end."""
+    settings, run = str(shop / "shop.yaml"), tmp_path / "run"
+    seconds = float((shop / "seconds").read_text())
+    chooser = random.Random(20261121)
+    arguments = ("run", "--settings", settings, "--set", f"resources.run={run}")
+    for _ in range(KILLS):
+        process = subprocess.Popen(
+            command(*arguments), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            process.wait(timeout=chooser.uniform(0.15, 0.9) * seconds)
+        except subprocess.TimeoutExpired:
+            trainers = _descendants(process.pid, "jobs.train")
+            victim = chooser.choice(trainers) if trainers and chooser.random() < 0.7 else process.pid
+            os.kill(victim, signal.SIGKILL)
+            process.wait()
+    pinsage(*arguments)
+    assert differences(shop / "run", run) == []
+    shutil.rmtree(run)
+
+
+def _descendants(pid: int, named: str) -> list[int]:
+    """Process ids below pid whose command line has the name."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                status, line = (entry / "status").read_text(), (entry / "cmdline").read_bytes().decode()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            parent = next(int(row.split()[1]) for row in status.splitlines() if row.startswith("PPid:"))
+            parents[int(entry.name)] = (parent, line)
+    found, frontier = [], {pid}
+    while frontier:
+        frontier = {child for child, (parent, _) in parents.items() if parent in frontier}
+        found += [child for child in frontier if named in parents[child][1] and "jobs.launch" not in parents[child][1]]
+    return found
