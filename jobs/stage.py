@@ -1,7 +1,7 @@
 """How a job runs a stage: settings, lineage, session, run, exit code.
 
-`spark-submit jobs/walks.py --settings FILE` and `pinsage walks --settings FILE` both end here. A stage whose outputs were
-made from the same settings and inputs is skipped; errors that the user can mend are one message and exit code 1.
+`spark-submit jobs/walks.py --settings FILE` and `pinsage walks --settings FILE` both end here. A stage whose outputs
+were made from the same settings and inputs is skipped; errors that the user can mend are one message and exit code 1.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ SettingsOption = Annotated[
 ]
 OverrideOption = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Override a setting: dotted.key=value, for example task.walks.num_walks=500. Repeatable."),
+    typer.Option(
+        "--set", help="Override a setting: dotted.key=value, for example task.walks.num_walks=500. Repeatable."
+    ),
 ]
 ForceOption = Annotated[bool, typer.Option("--force", help="Build again even if nothing changed.")]
 
@@ -47,7 +49,9 @@ ForceOption = Annotated[bool, typer.Option("--force", help="Build again even if 
 def main(name: str) -> None:
     """Run one stage as a job of its own: what spark-submit calls."""
 
-    def job(settings: SettingsOption = "pinsage.yaml", override: OverrideOption = None, force: ForceOption = False) -> None:
+    def job(
+        settings: SettingsOption = "pinsage.yaml", override: OverrideOption = None, force: ForceOption = False
+    ) -> None:
         with exit_codes():
             run_stages([stage_named(name)], load_settings(settings, override or ()), force=force)
 
@@ -132,7 +136,15 @@ def _train(settings: Settings) -> None:
     if training.master_port:
         meeting = ["--nnodes=1", "--master-addr=127.0.0.1", f"--master-port={training.master_port}"]
     resolved = f"{settings.resources.run.rstrip('/')}/{RESOLVED}"
-    command = [sys.executable, "-m", "jobs.launch", *meeting, f"--nproc-per-node={training.ranks}", "--module", "jobs.train"]
+    command = [
+        sys.executable,
+        "-m",
+        "jobs.launch",
+        *meeting,
+        f"--nproc-per-node={training.ranks}",
+        "--module",
+        "jobs.train",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": str(training.threads)}
     finished = subprocess.run([*command, "--settings", resolved], env=environment, check=False)
     if finished.returncode:
@@ -140,11 +152,12 @@ def _train(settings: Settings) -> None:
 
 
 class _LazySession:
-    """Spark, started when the first stage needs it."""
+    """Spark, started when the first stage needs it; a session that was there before is used, and left running."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._spark: SparkSession | None = None
+        self._found = SparkSession.getActiveSession() is not None
 
     def __call__(self) -> SparkSession:
         if self._spark is None:
@@ -152,8 +165,8 @@ class _LazySession:
         return self._spark
 
     def stop(self) -> None:
-        """Stop Spark if it was started."""
-        if self._spark is not None:
+        """Stop Spark if it was started here."""
+        if self._spark is not None and not self._found:
             self._spark.stop()
 
 

@@ -1,8 +1,8 @@
 """Raw files to clean interactions, users, items and content, all with dense ids.
 
-Reads the user's files; writes INTERACTIONS, USERS, ITEMS, CONTENT and QUARANTINE. Files are read once, in Python tasks
-that set bad rows aside; Spark then sorts the keys (ids are ranks, so they do not depend on partitions), joins ids to
-events and shuffles them to their shards. Memory: one file chunk or one shard per task; nothing on the driver but counts.
+Reads the user's files; writes INTERACTIONS, USERS, ITEMS, CONTENT and QUARANTINE. Files are read once, in Python
+tasks that set bad rows aside; Spark then sorts the keys (ids are ranks, so they do not depend on partitions), joins ids
+to events and shuffles them to their shards. Memory: one file chunk or one shard per task; on the driver only counts.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ def inputs(data: Data) -> dict[str, str]:
     Raises DataError if a path names nothing.
     """
     found = {}
-    for source in (data.interactions, data.items):
-        for path in () if source is None else source.paths:
+    for name, source in (("interactions", data.interactions), ("items", data.items)):
+        for place, path in enumerate(() if source is None else source.paths):
             try:
                 files = describe_inputs(path)
             except FileNotFoundError:
-                raise DataError(f"{path}: there is no such file; check `paths` in the settings") from None
+                raise DataError(f"{path}: there is no such file; correct task.data.{name}.paths") from None
             for number, file in enumerate(files):
-                found[f"file {path} {number}"] = f"{file['bytes']} bytes, {file['stamp']}"
+                found[f"{name} path {place} file {number}"] = f"{file['bytes']} bytes, {file['stamp']}"
     if data.previous is not None:
         earlier = Storage(data.previous)
         found |= {f"previous {d.name}": open_manifest(earlier, d).content for d in (schemas.USERS, schemas.ITEMS)}
@@ -73,16 +73,23 @@ def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Line
     events_plan = sources.plan_interactions(data.interactions, settings.resources.events_per_shard)
     items_plan = [] if data.items is None else sources.plan_items(data.items, rows_per_shard)
 
-    events, dropped = _clean(spark, storage, lineage, events_plan, EVENTS, EVENTS_BAD, data, "ingest: read interactions")
+    events, dropped = _clean(
+        spark, storage, lineage, events_plan, EVENTS, EVENTS_BAD, data, "ingest: read interactions"
+    )
     catalogue, _ = _clean(spark, storage, lineage, items_plan, CATALOGUE, CATALOGUE_BAD, data, "ingest: read items")
     repeated = _repeated_items(spark, storage, catalogue, items_plan)
     quarantine = _store_quarantine(storage, lineage, repeated)
-    _check_share(storage, quarantine, events_plan + items_plan, events.num_rows + catalogue.num_rows, data)
+    num_good = events.num_rows + catalogue.num_rows - repeated.num_rows
+    _check_share(storage, quarantine, events_plan + items_plan, num_good, data)
     if not events.num_rows:
         raise DataError(f"{', '.join(data.interactions.paths)}: no interaction is left to learn from")
 
     rows = read_dataset(spark, storage, events, events.metadata["columns"])
-    listed = _first_of_each_key(read_dataset(spark, storage, catalogue, ["item_key", "title", "position"])) if items_plan else None
+    listed = (
+        _first_of_each_key(read_dataset(spark, storage, catalogue, ["item_key", "title", "position"]))
+        if items_plan
+        else None
+    )
     known, unknown = _known_events(rows, listed, data)
     known = known.persist(StorageLevel.MEMORY_AND_DISK)
     earlier = None if data.previous is None else Storage(data.previous)
@@ -187,7 +194,11 @@ def _store_quarantine(storage: Storage, lineage: Lineage, repeated: pa.Table) ->
         if manifest.num_rows:
             tables.append(read_table(storage, manifest))
     bad = pa.concat_tables(tables).sort_by([("source", "ascending"), ("row", "ascending"), ("reason", "ascending")])
-    reasons = bad.group_by("reason").aggregate([("row", "count")]).sort_by([("row_count", "descending"), ("reason", "ascending")])
+    reasons = (
+        bad.group_by("reason")
+        .aggregate([("row", "count")])
+        .sort_by([("row_count", "descending"), ("reason", "ascending")])
+    )
     shard = write_shard(storage, schemas.QUARANTINE, 0, bad, lineage)
     commit(storage, schemas.QUARANTINE, [shard], lineage, {"reasons": reasons.slice(0, 20).to_pylist()})
     return bad.drop_columns(["values"])
@@ -261,8 +272,8 @@ def _number(spark: SparkSession, keys: DataFrame, earlier: Storage | None, datas
     total = num_old + sum(sizes.values())
     if total > MAX_IDS:
         raise DataError(
-            f"{total:,} {dataset.name}: ids are 32-bit (half the memory of every graph and neighbour table), so at most "
-            f"{MAX_IDS:,} fit; split the catalogue or drop {dataset.name} that are never used"
+            f"{total:,} {dataset.name}: ids are 32-bit (half the memory of every graph and neighbour table), so "
+            f"at most {MAX_IDS:,} fit; split the catalogue or drop {dataset.name} that are never used"
         )
     offsets, before = {}, num_old
     for partition in sorted(sizes):
@@ -294,7 +305,10 @@ def _store_nodes(
         .agg(F.countDistinct(other).alias("degree"), F.min("timestamp").alias("first_seen"))
     )
     nodes = numbers.rows.join(seen, "id", "left").select(
-        "key", "id", F.coalesce("degree", F.lit(0)).alias("degree"), F.coalesce("first_seen", F.lit(-1)).alias("first_seen")
+        "key",
+        "id",
+        F.coalesce("degree", F.lit(0)).alias("degree"),
+        F.coalesce("first_seen", F.lit(-1)).alias("first_seen"),
     )
     if dataset is schemas.ITEMS:
         if titles is None:
@@ -307,7 +321,9 @@ def _store_nodes(
         return group.sort_by("id").cast(dataset.arrow)
 
     num_shards = count_shards(numbers.count, rows_per_shard)
-    return write_shards(nodes, numbers.count, num_shards, storage, dataset, lineage, finish, f"ingest: write {dataset.name}")
+    return write_shards(
+        nodes, numbers.count, num_shards, storage, dataset, lineage, finish, f"ingest: write {dataset.name}"
+    )
 
 
 def _store_content(
@@ -323,13 +339,19 @@ def _store_content(
         columns = pa.schema([field for field in stored_columns if field.name not in ("item_key", "title", "position")])
         wanted = ["item_key", "position", *columns.names]
         listed = _first_of_each_key(read_dataset(spark, storage, catalogue, wanted))
-        rows = items.rows.withColumnRenamed("key", "item_key").join(listed, "item_key", "left").drop("item_key", "position")
+        rows = (
+            items.rows.withColumnRenamed("key", "item_key")
+            .join(listed, "item_key", "left")
+            .drop("item_key", "position")
+        )
     schema = pa.schema([pa.field("id", pa.uint32()), *columns])
 
     def finish(_: int, group: pa.Table) -> pa.Table:
         return group.sort_by("id").select(schema.names).cast(schema)
 
-    stored = write_shards(rows, items.count, num_shards, storage, schemas.CONTENT, lineage, finish, "ingest: write content")
+    stored = write_shards(
+        rows, items.count, num_shards, storage, schemas.CONTENT, lineage, finish, "ingest: write content"
+    )
     commit(storage, schemas.CONTENT, stored, lineage, {"columns": columns.names})
 
 
@@ -348,7 +370,9 @@ def _split(events: DataFrame, split: Split, seed: int) -> tuple[DataFrame, dict[
         size = F.count(F.lit(1)).over(Window.partitionBy("user_id"))
         held = int(split.validation + split.test)
         place = F.row_number().over(latest)
-        column = F.when((size <= held) | (place > held), TRAIN).when(place <= int(split.test), TEST).otherwise(VALIDATION)
+        column = (
+            F.when((size <= held) | (place > held), TRAIN).when(place <= int(split.test), TEST).otherwise(VALIDATION)
+        )
         return events.withColumn("split", column), {"split": "leave_last_out"}
     draw = F.pmod(F.xxhash64(F.lit(seed), "position"), F.lit(1 << 30)) / F.lit(float(1 << 30))
     column = F.when(draw < split.test, TEST).when(draw < split.test + split.validation, VALIDATION).otherwise(TRAIN)

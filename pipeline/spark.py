@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -45,6 +46,7 @@ from pipeline.contracts.schemas import Dataset
 from pipeline.contracts.storage import Storage
 
 Task = dict[str, Any]
+_QUIET = Path(__file__).with_name("log4j2.properties")
 _RESULT = T.StructType([T.StructField("task", T.IntegerType()), T.StructField("result", T.StringType())])
 
 
@@ -76,6 +78,10 @@ def session(resources: SparkResources, name: str) -> SparkSession:
         **({"spark.driver.port": str(resources.driver_port)} if resources.driver_port else {}),
         **resources.conf,
     }
+    if _QUIET.exists() and not submitted:
+        options = conf.get("spark.driver.extraJavaOptions", "")
+        if "log4j" not in options:
+            conf["spark.driver.extraJavaOptions"] = f"{options} -Dlog4j2.configurationFile={_QUIET.as_uri()}".strip()
     for key, value in conf.items():
         builder = builder.config(key, value)
     try:
@@ -97,7 +103,7 @@ def check_port(port: int, setting: str) -> None:
             probe.bind(("", port))
         except OSError as error:
             raise ResourceError(
-                f"{setting}: port {port} cannot be opened ({error.strerror}); choose another port, or 0 for any free one"
+                f"{setting}: port {port} cannot be opened ({error.strerror}); choose another, or 0 for any free one"
             ) from None
 
 
@@ -144,7 +150,9 @@ def write_shards(
 
     def apply(key: tuple[Any, ...], group: pa.Table) -> pa.Table:
         number = key[0].as_py()
-        return pa.table({"task": pa.array([number], pa.int32()), "result": [store(number, group.drop_columns(["shard"]))]})
+        return pa.table(
+            {"task": pa.array([number], pa.int32()), "result": [store(number, group.drop_columns(["shard"]))]}
+        )
 
     sharded = rows.withColumn("shard", shard_column("id", num_rows, num_shards))
     with progress(label, num_shards, rows.sparkSession), _plain_errors(label):
@@ -161,7 +169,9 @@ def shard_column(id_column: str, num_rows: int, num_shards: int) -> Any:
     return F.floor(((row + 1) * num_shards - 1) / F.lit(max(num_rows, 1))).cast("int")
 
 
-def frame(spark: SparkSession, tasks: Sequence[Mapping[str, Any]], read: Callable[[Task], pa.Table], schema: pa.Schema) -> DataFrame:
+def frame(
+    spark: SparkSession, tasks: Sequence[Mapping[str, Any]], read: Callable[[Task], pa.Table], schema: pa.Schema
+) -> DataFrame:
     """A DataFrame of what read returns for every task; one Spark partition per task, read where it runs."""
     rows = spark.createDataFrame([(json.dumps(task),) for task in tasks], "task string").repartition(len(tasks), "task")
     wide = spark_schema(schema)

@@ -1,0 +1,91 @@
+"""The command line, called as a person calls it, on one small shop that is ingested once."""
+
+from __future__ import annotations
+
+import shutil
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pyspark.sql import SparkSession
+from typer.testing import CliRunner
+
+from jobs.cli import app
+from tests.synthetic import shop_settings, write_shop
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command printed, on both streams, and how it ended."""
+
+    exit_code: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Shop:
+    """A folder with data, settings and perhaps a run, and the commands that one can type there."""
+
+    folder: Path
+
+    @property
+    def run(self) -> Path:
+        """The run's folder."""
+        return self.folder / "run"
+
+    @property
+    def settings_file(self) -> Path:
+        """The settings, as YAML."""
+        return self.folder / "pinsage.yaml"
+
+    def configure(self, change: Callable[[dict[str, Any]], object] | None = None) -> None:
+        """Write the settings file anew, with a change made to its tree."""
+        tree = shop_settings(self.folder, self.run)
+        if change is not None:
+            change(tree)
+        self.settings_file.write_text(yaml.safe_dump(tree), encoding="utf-8")
+
+    def pinsage(self, *arguments: str) -> Outcome:
+        """Run a command in this process; an exception that is no exit shows as the traceback it would be."""
+        result = CliRunner().invoke(app, [*arguments, "--settings", str(self.settings_file)], env={"COLUMNS": "200"})
+        text = result.output
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            text += "".join(traceback.format_exception(result.exception))
+        return Outcome(result.exit_code, text)
+
+    def made(self) -> set[str]:
+        """The datasets that exist: those with a manifest."""
+        return {path.parent.name for path in self.run.glob("*/_manifest.json")}
+
+
+@pytest.fixture
+def new_shop(tmp_path: Path, spark: SparkSession) -> Shop:
+    """A shop that nothing was run on."""
+    shop = Shop(tmp_path / "shop")
+    write_shop(shop.folder)
+    shop.configure()
+    return shop
+
+
+@pytest.fixture(scope="session")
+def _graph_made(tmp_path_factory: pytest.TempPathFactory, spark: SparkSession) -> Shop:
+    shop = Shop(tmp_path_factory.mktemp("jobs") / "shop")
+    write_shop(shop.folder)
+    shop.configure()
+    for stage in ("ingest", "graph"):
+        outcome = shop.pinsage(stage)
+        assert outcome.exit_code == 0, outcome.text
+    return shop
+
+
+@pytest.fixture
+def shop(tmp_path: Path, _graph_made: Shop) -> Shop:
+    """A shop with a run that has come as far as the graph; a copy, to do to it what one likes."""
+    copy = Shop(tmp_path / "shop")
+    shutil.copytree(_graph_made.folder, copy.folder, ignore=shutil.ignore_patterns("cache"))
+    copy.configure()
+    return copy
