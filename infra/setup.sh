@@ -3,6 +3,8 @@
 #
 #   infra/setup.sh                      the first call downloads and installs; later calls find the stamp and return at once
 #   PYTHON=python3.12 infra/setup.sh    with a Python of your choice
+#   PIP_EXTRA_INDEX_URL=... infra/setup.sh   with an index that has PyTorch's CPU builds: on Linux the usual one brings
+#                                       CUDA's libraries along, several gigabytes
 #
 # May be interrupted and run again, and run twice at the same time. The stamp .venv/.stamp is written last: a .venv without
 # one is half made, and is made anew. pip's own settings (index, cache, certificates) are respected.
@@ -173,7 +175,7 @@ set_up_packages() {
         make_venv
     fi
     : >"$LOG"
-    say "installing the packages of constraints.txt: the first time usually 2 to 5 minutes, mostly downloads"
+    say "installing the packages of constraints.txt: the first time 2 to 5 minutes (more where PyTorch brings CUDA along)"
     pip_install pip setuptools wheel
     # Without build isolation, the few packages that are built here are built by the pinned setuptools.
     pip_install --no-build-isolation -e '.[dev]'
