@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from model import checkpoint
 from model.distributed import Group
@@ -60,6 +61,8 @@ def train(storage: Storage, settings: Settings, lineage: Lineage, group: Group) 
     start, epochs = trainer.done.position, settings.task.training.epochs
     with _Display(settings.task.training, loader, start, shown=group.is_first) as display:
         for position, batch in loader.batches(start, epochs, group.device):
+            if position == start and group.world_size > 1:
+                trainer.rehearse(batch)
             display.step(position, trainer.step(position, batch))
             ends_epoch = position.step + 1 == loader.steps_per_epoch
             if ends_epoch:
@@ -83,12 +86,23 @@ class Trainer:
         self.optimizer: torch.optim.Optimizer = optimizer(self.model.parameters(), lr=self.settings.learning_rate)
         self.done = Progressed()
 
+    def rehearse(self, batch: Batch) -> None:
+        """One backward pass for nothing.
+
+        After its first, DDP lays out its buckets anew, and what three or more ranks sum depends on the layout: a
+        resumed run must have the unbroken one's from its first step on.
+        """
+        self._loss(batch).backward()
+
+    def _loss(self, batch: Batch) -> Tensor:
+        embeddings = self.network(batch.features, batch.index, batch.weights, batch.sizes)
+        scores = score(embeddings, batch.query, batch.positive, batch.negatives, batch.hard)
+        return training_loss(scores, self.settings)
+
     def step(self, position: Position, batch: Batch) -> float:
         """One update; returns the loss of the global batch."""
         self.optimizer.zero_grad(set_to_none=True)
-        embeddings = self.network(batch.features, batch.index, batch.weights, batch.sizes)
-        scores = score(embeddings, batch.query, batch.positive, batch.negatives, batch.hard)
-        loss = training_loss(scores, self.settings)
+        loss = self._loss(batch)
         value = self.group.mean(loss)
         if not math.isfinite(value):
             raise DataError(

@@ -24,7 +24,9 @@ from tests.model.conftest import Run
 MakeRun = Callable[..., Run]
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = [sys.executable, "-u", "jobs/train.py"]
-TWO_RANKS = [sys.executable, "-u", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "jobs/train.py"]
+TORCHRUN = [sys.executable, "-u", "-m", "torch.distributed.run", "--standalone"]
+TWO_RANKS = [*TORCHRUN, "--nproc-per-node=2", "jobs/train.py"]
+THREE_RANKS = [*TORCHRUN, "--nproc-per-node=3", "jobs/train.py"]
 FILES = ("model.safetensors", "model.json", "history.json")
 
 
@@ -68,7 +70,7 @@ def test_two_ranks_train_as_one_process_does(make_run: MakeRun) -> None:
     assert "up to date" in finish(TWO_RANKS, together)
 
 
-@pytest.mark.parametrize("command", [PLAIN, TWO_RANKS], ids=["one process", "two ranks"])
+@pytest.mark.parametrize("command", [PLAIN, THREE_RANKS], ids=["one process", "three ranks"])
 def test_a_trainer_killed_at_a_random_moment_ends_with_the_same_bytes(make_run: MakeRun, command: list[str]) -> None:
     training = {"epochs": 10, "checkpoint_every_steps": 2}
     unbroken, broken = make_run(name="unbroken", training=training), make_run(name="broken", training=training)
