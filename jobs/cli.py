@@ -42,14 +42,16 @@ def main() -> None:
 
 
 def _add_stage(name: str, meaning: str) -> None:
-    def command(settings: SettingsOption = "pinsage.yaml", override: OverrideOption = None, force: ForceOption = False) -> None:
+    def command(
+        settings: SettingsOption = "pinsage.yaml", override: OverrideOption = None, force: ForceOption = False
+    ) -> None:
         with exit_codes():
             run_stages([stage_named(name)], load_settings(settings, override or ()), force=force)
 
     stage = stage_named(name)
     reads = ", ".join(dataset.name for dataset in stage.reads) or "your files"
     writes = ", ".join(dataset.name for dataset in stage.writes)
-    help_text = f"{meaning.capitalize()}.\n\nReads {reads}; writes {writes}."
+    help_text = f"{meaning[0].upper()}{meaning[1:]}.\n\nReads {reads}; writes {writes}."
     app.command(name, help=help_text, rich_help_panel="Stages, in order")(command)
 
 
@@ -83,17 +85,22 @@ def status(settings: SettingsOption = "pinsage.yaml", override: OverrideOption =
     with exit_codes():
         loaded = load_settings(settings, override or ())
         storage = Storage(loaded.resources.run)
-        table = Table("stage", "dataset", "state", "rows", "bytes", "made", "settings", title=storage.url, title_style="bold")
+        table = Table(
+            "stage", "dataset", "state", "rows", "bytes", "made", "settings", title=storage.url, title_style="bold"
+        )
         for column in (3, 4):
             table.columns[column].justify = "right"
         for stage in schemas.STAGES:
             wanted = _fingerprint(storage, stage, loaded)
             for dataset in stage.writes:
-                table.add_row(stage.name if dataset is stage.writes[0] else "", dataset.name, *_state(storage, dataset, wanted))
+                table.add_row(
+                    stage.name if dataset is stage.writes[0] else "", dataset.name, *_state(storage, dataset, wanted)
+                )
         console.print(table)
         console.print(
-            "ready: made from the present settings and inputs; changed: made from others, the next run builds it again;\n"
-            "building: interrupted, the next run goes on; missing: never made. settings: the fingerprint of all it depends on."
+            "ready: made from the present settings and inputs; changed: from others, the next run builds it again;\n"
+            "building: interrupted, the next run goes on; missing: never made. "
+            "settings: the fingerprint of all it depends on."
         )
 
 
@@ -112,7 +119,9 @@ def query(
         keys, scores = Index.open(storage).neighbours(item_key, k)
         nodes = read_table(storage, open_manifest(storage, schemas.ITEMS), ["key", "title"])
         titles = dict(zip(nodes.column("key").to_pylist(), nodes.column("title").to_pylist(), strict=True))
-        table = Table("", "score", "key", "title", title=escape(f"{item_key}  {titles.get(item_key) or ''}"), title_style="bold")
+        table = Table(
+            "", "score", "key", "title", title=escape(f"{item_key}  {titles.get(item_key) or ''}"), title_style="bold"
+        )
         for place, (key, score) in enumerate(zip(keys, scores, strict=True), 1):
             table.add_row(str(place), f"{score:.3f}", escape(key), escape(titles.get(key) or ""))
         console.print(table)
@@ -146,7 +155,8 @@ def settings_reference(
     """Print every setting: name, type, default and what it is for."""
     for name, kind, default, meaning in reference():
         if search.lower() in f"{name} {meaning}".lower():
-            console.print(f"[bold]{name}[/]  [dim]{escape(kind)}, {'' if default == 'required' else 'default '}{escape(default)}[/]")
+            stated = default if default == "required" else f"default {default}"
+            console.print(f"[bold]{name}[/]  [dim]{escape(f'{kind}, {stated}')}[/]", soft_wrap=True)
             if meaning:
                 console.print(f"    {escape(meaning)}", soft_wrap=True)
 

@@ -56,7 +56,7 @@ def main(name: str) -> None:
             run_stages([stage_named(name)], load_settings(settings, override or ()), force=force)
 
     stage = stage_named(name)
-    job.__doc__ = f"{stage.meaning.capitalize()}."
+    job.__doc__ = f"{stage.meaning[0].upper()}{stage.meaning[1:]}."
     typer.run(job)
 
 

@@ -49,6 +49,13 @@ class Shop:
             change(tree)
         self.settings_file.write_text(yaml.safe_dump(tree), encoding="utf-8")
 
+    def copy(self, folder: Path) -> Shop:
+        """The same elsewhere, time stamps and all."""
+        shutil.copytree(self.folder, folder, ignore=shutil.ignore_patterns("cache"))
+        copy = Shop(folder)
+        copy.configure()
+        return copy
+
     def pinsage(self, *arguments: str) -> Outcome:
         """Run a command in this process; an exception that is no exit shows as the traceback it would be."""
         result = CliRunner().invoke(app, [*arguments, "--settings", str(self.settings_file)], env={"COLUMNS": "200"})
@@ -72,7 +79,8 @@ def new_shop(tmp_path: Path, spark: SparkSession) -> Shop:
 
 
 @pytest.fixture(scope="session")
-def _graph_made(tmp_path_factory: pytest.TempPathFactory, spark: SparkSession) -> Shop:
+def graph_made(tmp_path_factory: pytest.TempPathFactory, spark: SparkSession) -> Shop:
+    """A shop with a run that has come as far as the graph; to be copied, not changed."""
     shop = Shop(tmp_path_factory.mktemp("jobs") / "shop")
     write_shop(shop.folder)
     shop.configure()
@@ -83,9 +91,6 @@ def _graph_made(tmp_path_factory: pytest.TempPathFactory, spark: SparkSession) -
 
 
 @pytest.fixture
-def shop(tmp_path: Path, _graph_made: Shop) -> Shop:
-    """A shop with a run that has come as far as the graph; a copy, to do to it what one likes."""
-    copy = Shop(tmp_path / "shop")
-    shutil.copytree(_graph_made.folder, copy.folder, ignore=shutil.ignore_patterns("cache"))
-    copy.configure()
-    return copy
+def shop(tmp_path: Path, graph_made: Shop) -> Shop:
+    """As graph_made; a copy, to do to it what one likes."""
+    return graph_made.copy(tmp_path / "shop")
