@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from py4j.protocol import Py4JError
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -86,10 +87,12 @@ def session(resources: SparkResources, name: str) -> SparkSession:
         builder = builder.config(key, value)
     try:
         spark = builder.getOrCreate()
-    except (PySparkException, RuntimeError, OSError) as error:
+    except (PySparkException, Py4JError, RuntimeError, OSError) as error:
+        java = getattr(error, "java_exception", None)
+        reason = (str(error) if java is None else str(java.getMessage())).splitlines()[0].rstrip(".")
         raise ResourceError(
-            f"Spark did not start on {resources.master or 'the submitted master'}: {str(error).splitlines()[0]}; "
-            "Java 17 or newer must be installed (`java -version`) and the master must answer"
+            f"Spark did not start on {resources.master or 'the submitted master'}: {reason}; Java 17 or newer must be "
+            "installed (`java -version`), and resources.spark.master must be right and answer"
         ) from error
     spark.sparkContext.setLogLevel("ERROR")
     return spark

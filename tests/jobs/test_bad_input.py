@@ -357,13 +357,22 @@ def test_a_port_that_is_taken_is_named_before_any_work(new_shop: Shop, setting: 
 # ------------------------------------------------------------------------------------------------ as a process
 
 
+def in_a_process_of_its_own(shop: Shop, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """`pinsage ingest`, with a Spark that it starts itself."""
+    command = [sys.executable, "-m", "jobs.cli", "ingest", "--settings", str(shop.settings_file), *overrides]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_a_master_that_spark_cannot_use_is_named(new_shop: Shop) -> None:
+    finished = in_a_process_of_its_own(new_shop, "--set", "resources.spark.master=local[x]")
+    outcome = Outcome(finished.returncode, finished.stdout + finished.stderr)
+    assert_refused(outcome, "Spark did not start on local[x]: Could not parse Master URL", "resources.spark.master")
+
+
 def test_a_person_sees_our_message_and_nothing_of_spark(new_shop: Shop) -> None:
     """A mistake that only a Spark task finds, in a process of its own: no Java log, no stack trace."""
     change_table(new_shop.folder / "interactions.parquet", lambda t: t.update(when=[1000 * v for v in t["when"]]))
-    finished = subprocess.run(
-        [sys.executable, "-m", "jobs.cli", "ingest", "--settings", str(new_shop.settings_file)],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    finished = in_a_process_of_its_own(new_shop)
     assert finished.returncode == 1
     lines = [line for line in (finished.stdout + finished.stderr).splitlines() if line.strip()]
     unavoidable = "WARNING: Using incubator modules: jdk.incubator.vector"  # of the JVM itself
