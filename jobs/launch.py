@@ -1,6 +1,6 @@
 """torchrun that dies with whoever started it, so that a killed `pinsage run` leaves no trainer writing.
 
-`python -m jobs.launch --standalone --nproc-per-node=2 --module jobs.train --settings FILE`; the arguments are torchrun's.
+`python -m jobs.launch --standalone --nproc-per-node=2 --module jobs.train --settings FILE`: torchrun's arguments.
 """
 
 from __future__ import annotations

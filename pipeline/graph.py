@@ -37,7 +37,9 @@ def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Line
         num_edges = edges.count()
         before = all_edges.count() if settings.task.graph.max_user_degree else num_edges
     if not num_edges:
-        raise DataError("the graph has no edge: no training interaction is left; look at `pinsage status` and the split")
+        raise DataError(
+            "the graph has no edge: no training interaction is left; look at `pinsage status` and the split"
+        )
     report = {"users": num_users, "items": num_items, "edges": num_edges, "edges_pruned": before - num_edges}
     for dataset, row, column, num_rows in (
         (schemas.ITEM_USERS, "item_id", "user_id", num_items),
@@ -49,7 +51,9 @@ def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Line
         def finish(shard: int, group: pa.Table, bounds: tuple[int, int] = (num_rows, num_shards)) -> pa.Table:
             return adjacency(group, *shard_bounds(*bounds, shard))
 
-        shards = write_shards(rows, num_rows, num_shards, storage, dataset, lineage, finish, f"graph: write {dataset.name}")
+        shards = write_shards(
+            rows, num_rows, num_shards, storage, dataset, lineage, finish, f"graph: write {dataset.name}"
+        )
         commit(storage, dataset, shards, lineage, report)
     edges.unpersist()
 

@@ -1,9 +1,9 @@
 """Every item's embedding, layer by layer, as map and reduce.
 
 Reads ITEMS, FEATURES, NEIGHBOURS and MODEL; writes EMBEDDINGS. Per layer, map projects every item once and reduce sums
-its neighbours' projections, combines them with the item's own vector and normalises; the head follows the last layer. So
-each item is computed once per layer, however many neighbourhoods it is in. Reducer `gather`: every host maps one local
-copy of the projected layer, shared by its tasks. Memory per task: one shard of vectors and of neighbours.
+its neighbours' projections, combines them with the item's own vector and normalises; the head follows the last layer.
+So each item is computed once per layer, however many neighbourhoods it is in. Reducer `gather`: every host maps one
+local copy of the projected layer, shared by its tasks. Memory per task: one shard of vectors and of neighbours.
 
 The network comes in as plain array functions (`model.export`), so that nothing here imports torch.
 """
@@ -100,11 +100,19 @@ class _Steps:
         def make(start: int, stop: int) -> pa.Table:
             return _layer_rows(start, network.project(layer, load(start, stop)), dtype)
 
-        return self._layer(f"{schemas.LAYERS.name}/projected-{layer + 1}", make, f"inference: project layer {layer + 1}")
+        return self._layer(
+            f"{schemas.LAYERS.name}/projected-{layer + 1}", make, f"inference: project layer {layer + 1}"
+        )
 
     def combine(self, layer: int, hidden: str | None, projected: str) -> str:
         """Reduce: gather the neighbours' messages and make every item's next vector."""
-        network, load, dtype, storage, cache = self.network, self._loader(hidden), self.layer_dtype, self.storage, self.cache
+        network, load, dtype, storage, cache = (
+            self.network,
+            self._loader(hidden),
+            self.layer_dtype,
+            self.storage,
+            self.cache,
+        )
         messages, neighbours = open_manifest(storage, projected), self.neighbours
 
         def make(start: int, stop: int) -> pa.Table:
@@ -125,11 +133,15 @@ class _Steps:
             bad = ~np.isfinite(vectors).all(axis=1)
             if bad.any():
                 raise DataError(
-                    f"item {keys.column('key')[int(bad.argmax())]} got an embedding with NaN or infinity; the model has "
-                    "diverged: run `pinsage train --force` with a smaller task.training.learning_rate"
+                    f"item {keys.column('key')[int(bad.argmax())]} got an embedding with NaN or infinity: the model "
+                    "has diverged; run `pinsage train --force` with a smaller task.training.learning_rate"
                 )
             return pa.table(
-                {"key": keys.column("key"), "id": keys.column("id"), "embedding": vectors_to_arrow(vectors.astype(dtype))}
+                {
+                    "key": keys.column("key"),
+                    "id": keys.column("id"),
+                    "embedding": vectors_to_arrow(vectors.astype(dtype)),
+                }
             )
 
         shards = self._shards(schemas.EMBEDDINGS, make, "inference: head")

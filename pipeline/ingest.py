@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pyspark import StorageLevel, TaskContext
+from pyspark import StorageLevel
 from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
@@ -126,8 +126,10 @@ def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Line
         commit(storage, dataset, stored, lineage, {"new": numbers.count - numbers.earlier})
     _store_content(spark, storage, lineage, catalogue if items_plan else None, items, rows_per_shard)
     commit(storage, schemas.INTERACTIONS, shards, lineage, report)
-    for cached in (known, split, users.rows, items.rows):
+    for cached in (known, split):
         cached.unpersist()
+    for numbers in (users, items):
+        numbers.release()
     storage.delete("ingest")
 
 
@@ -249,8 +251,13 @@ def _known_events(events: DataFrame, catalogue: DataFrame | None, data: Data) ->
 class _Numbered:
     """Keys with their ids, how many there are, and how many of them an earlier run had."""
 
-    def __init__(self, rows: DataFrame, count: int, earlier: int) -> None:
-        self.rows, self.count, self.earlier = rows, count, earlier
+    def __init__(self, rows: DataFrame, ranged: DataFrame, count: int, earlier: int) -> None:
+        self.rows, self._ranged, self.count, self.earlier = rows, ranged, count, earlier
+
+    def release(self) -> None:
+        """Free what Spark keeps of it."""
+        self.rows.unpersist()
+        self._ranged.unpersist()
 
     def lookup(self, key: str, id_column: str) -> DataFrame:
         """Keys and ids under these names, sent whole to every task if that is cheaper than sorting the events."""
@@ -266,9 +273,10 @@ def _number(spark: SparkSession, keys: DataFrame, earlier: Storage | None, datas
         old, num_old = read_dataset(spark, earlier, manifest, ["key", "id"]), manifest.num_rows
         keys = keys.join(old.select("key"), "key", "left_anti")
     partitions = int(spark.conf.get("spark.sql.shuffle.partitions") or "8")
-    ranged = keys.repartitionByRange(partitions, "key").sortWithinPartitions("key").persist(StorageLevel.DISK_ONLY)
+    ranged = keys.repartitionByRange(partitions, "key").sortWithinPartitions("key")
+    ranged = ranged.withColumn("partition", F.spark_partition_id()).persist(StorageLevel.DISK_ONLY)
     with progress(f"ingest: number {dataset.name}", 1, spark):
-        sizes = {row[0]: row[1] for row in ranged.groupBy(F.spark_partition_id()).count().collect()}
+        sizes = {row[0]: row[1] for row in ranged.groupBy("partition").count().collect()}
     total = num_old + sum(sizes.values())
     if total > MAX_IDS:
         raise DataError(
@@ -281,17 +289,18 @@ def _number(spark: SparkSession, keys: DataFrame, earlier: Storage | None, datas
         before += sizes[partition]
 
     def enumerate_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        context = TaskContext.get()
-        assert context is not None
-        next_id = offsets.get(context.partitionId(), 0)
+        next_id: int | None = None
         for batch in batches:
-            ids = pa.array(np.arange(next_id, next_id + batch.num_rows), pa.int64())
-            next_id += batch.num_rows
-            yield pa.RecordBatch.from_arrays([batch.column(0), ids], ["key", "id"])
+            if batch.num_rows:
+                # The column, not the task, says which partition this is: a union renumbers the tasks.
+                next_id = offsets[batch.column("partition")[0].as_py()] if next_id is None else next_id
+                ids = pa.array(np.arange(next_id, next_id + batch.num_rows), pa.int64())
+                next_id += batch.num_rows
+                yield pa.RecordBatch.from_arrays([batch.column("key"), ids], ["key", "id"])
 
     rows = ranged.mapInArrow(enumerate_rows, "key string, id long")
     rows = rows if old is None else old.select("key", "id").union(rows)
-    return _Numbered(rows.persist(StorageLevel.MEMORY_AND_DISK), total, num_old)
+    return _Numbered(rows.persist(StorageLevel.MEMORY_AND_DISK), ranged, total, num_old)
 
 
 def _store_nodes(

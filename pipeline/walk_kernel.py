@@ -23,6 +23,7 @@ from pipeline.contracts.replica import map_lists
 from pipeline.contracts.schemas import ITEM_USERS, USER_ITEMS
 from pipeline.contracts.storage import Storage
 
+
 @dataclass(frozen=True)
 class BipartiteGraph:
     """Both directions in compressed rows: indptr int64 [N + 1], ids uint32 and running weights float32 [E]."""

@@ -56,7 +56,9 @@ def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Line
 def neighbour_rows(graph: BipartiteGraph, start: int, stop: int, walks: Walks, seed: int) -> pa.Table:
     """NEIGHBOURS rows of items [start, stop): the top T by visits, weights that sum to 1."""
     per_hop = walks_per_hop(walks.num_walks, walks.max_hops, walks.restart_probability)
-    ids, counts, lengths = visit_counts(graph, np.arange(start, stop), per_hop, walks.num_neighbours, seed, walks.weighted)
+    ids, counts, lengths = visit_counts(
+        graph, np.arange(start, stop), per_hop, walks.num_neighbours, seed, walks.weighted
+    )
     kept = np.arange(ids.shape[1]) < lengths[:, None]
     indptr = np.concatenate([[0], np.cumsum(lengths)])
     return pa.table(

@@ -25,7 +25,9 @@ def compressed(adjacency: NDArray[np.float64]) -> BipartiteGraph:
     return BipartiteGraph(*rows(adjacency), *rows(adjacency.T))
 
 
-def write_shop(folder: Path, num_users: int = 240, num_groups: int = 6, items_per_group: int = 12, seed: int = 0) -> None:
+def write_shop(
+    folder: Path, num_users: int = 240, num_groups: int = 6, items_per_group: int = 12, seed: int = 0
+) -> None:
     """interactions.parquet and items.parquet of a shop whose baskets stay within one group of items.
 
     An item's title names its group, and each group's last two items are sold only in the last tenth of the time:

@@ -16,7 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pyspark
@@ -41,16 +41,25 @@ def standalone_cluster(folder: Path, num_workers: int = 2, memory: str = "1g") -
     def start(name: str, *arguments: str) -> None:
         with open(folder / f"{name}.log", "wb") as log:
             command = [str(SPARK_CLASS), *arguments]
-            processes.append(
-                subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-            )
+            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True))
 
     try:
         address = ("--host", "127.0.0.1")
-        start("master", "org.apache.spark.deploy.master.Master", *address, "--port", str(port), "--webui-port", str(page))
+        start(
+            "master", "org.apache.spark.deploy.master.Master", *address, "--port", str(port), "--webui-port", str(page)
+        )
         _wait(page, processes, folder, 0)
         for worker in range(num_workers):
-            work = ("--cores", "1", "--memory", memory, "--webui-port", "0", "--work-dir", str(folder / f"worker-{worker}"))
+            work = (
+                "--cores",
+                "1",
+                "--memory",
+                memory,
+                "--webui-port",
+                "0",
+                "--work-dir",
+                str(folder / f"worker-{worker}"),
+            )
             start(f"worker-{worker}", "org.apache.spark.deploy.worker.Worker", *address, *work, url)
         _wait(page, processes, folder, num_workers)
         yield url
@@ -94,7 +103,5 @@ if __name__ == "__main__":
     with standalone_cluster(Path("runs/local-cluster")) as master:
         print(f"{SPARK_SUBMIT} --master {master} --py-files dist/pinsage.zip jobs/walks.py --settings FILE")
         print("Ctrl-C stops it", flush=True)
-        try:
+        with suppress(KeyboardInterrupt):
             signal.pause()
-        except KeyboardInterrupt:
-            pass

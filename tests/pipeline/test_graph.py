@@ -37,7 +37,9 @@ def test_rows_are_dense_sorted_and_carry_running_weights() -> None:
 def test_shuffled_edges_give_the_same_rows() -> None:
     generator = np.random.default_rng(0)
     pairs = np.unique(generator.integers(0, 40, (300, 2)), axis=0)
-    edges = pa.table({"id": pairs[:, 0], "neighbour": pairs[:, 1], "weight": generator.random(len(pairs)).astype(np.float32)})
+    edges = pa.table(
+        {"id": pairs[:, 0], "neighbour": pairs[:, 1], "weight": generator.random(len(pairs)).astype(np.float32)}
+    )
     shuffled = edges.take(pa.array(generator.permutation(len(pairs))))
     assert adjacency(edges, 0, 40).equals(adjacency(shuffled, 0, 40))
     indptr, values = arrow_to_lists(adjacency(edges, 0, 40).column("neighbours"))

@@ -30,7 +30,9 @@ def test_pairs_are_each_users_following_items(window: int, max_gap: int) -> None
     generator = np.random.default_rng(window)
     events = sorted(
         (int(u), int(i), int(t))
-        for u, i, t in zip(generator.integers(0, 9, 200), generator.integers(0, 6, 200), generator.integers(0, 50, 200), strict=True)
+        for u, i, t in zip(
+            generator.integers(0, 9, 200), generator.integers(0, 6, 200), generator.integers(0, 50, 200), strict=True
+        )
     )
     events.sort(key=lambda event: (event[0], event[2]))
     found = consecutive_pairs(interactions(events, [0] * len(events)), window, max_gap)

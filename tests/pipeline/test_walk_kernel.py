@@ -24,7 +24,9 @@ def test_first_hops_follow_the_stated_distribution(weighted: bool) -> None:
     shape = adjacency if weighted else (adjacency > 0).astype(float)
     p_values = []
     for item in range(10):
-        ids, counts, lengths = visit_counts(compressed(adjacency), [item], np.array([20_000]), 30, 7, weighted)
+        ids, counts, lengths = visit_counts(
+            compressed(adjacency), np.array([item]), np.array([20_000]), 30, 7, weighted
+        )
         kept = ids[0, : lengths[0]]
         expected = expected_visits(shape, item, 1, 0.5)
         observed = np.zeros(len(adjacency))
@@ -42,7 +44,7 @@ def test_visits_over_several_hops_match_the_power_iteration(weighted: bool) -> N
     adjacency = random_graph(seed=3)
     shape = adjacency if weighted else (adjacency > 0).astype(float)
     per_hop = walks_per_hop(200_000, 4, 0.5)
-    ids, counts, lengths = visit_counts(compressed(adjacency), [4], per_hop, 30, 5, weighted)
+    ids, counts, lengths = visit_counts(compressed(adjacency), np.array([4]), per_hop, 30, 5, weighted)
     estimate = np.zeros(len(adjacency))
     estimate[ids[0, : lengths[0]]] = counts[0, : lengths[0]] / 200_000
     np.testing.assert_allclose(estimate, expected_visits(shape, 4, 4, 0.5), atol=5e-3)
@@ -53,9 +55,9 @@ def test_an_items_row_does_not_depend_on_the_others_in_the_call() -> None:
     per_hop = walks_per_hop(300, 3, 0.5)
     together = visit_counts(graph, np.arange(30), per_hop, 8, 0)
     for item in (0, 13, 29):
-        alone = visit_counts(graph, [item], per_hop, 8, 0)
-        for whole, single in zip(together, alone, strict=True):
-            np.testing.assert_array_equal(whole[item], single[0])
+        alone = visit_counts(graph, np.array([item]), per_hop, 8, 0)
+        for place in range(3):
+            np.testing.assert_array_equal(together[place][item], alone[place][0])
 
 
 def test_rows_are_sorted_by_count_then_id_and_leave_out_the_item() -> None:

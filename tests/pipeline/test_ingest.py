@@ -1,0 +1,128 @@
+"""Ingest: ids, splits, unknown items, quarantine; the same bytes for any number of partitions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pyspark.sql import SparkSession
+
+from pipeline import ingest
+from pipeline.contracts import schemas
+from pipeline.contracts.config import Settings, parse_settings
+from pipeline.contracts.datasets import Manifest, open_manifest, read_table, trace
+from pipeline.contracts.storage import Storage
+from tests.synthetic import shop_settings, write_shop
+
+
+def ingested(spark: SparkSession, storage: Storage, settings: Settings) -> Manifest:
+    lineage = trace(storage, schemas.INGEST, settings, ingest.inputs(settings.task.data))
+    ingest.run(spark, storage, settings, lineage)
+    return open_manifest(storage, schemas.INTERACTIONS)
+
+
+def shop(tmp_path: Path, storage: Storage, **task: Any) -> dict[str, Any]:
+    write_shop(tmp_path / "data", num_users=60)
+    return shop_settings(tmp_path / "data", Path(storage.url), **task)
+
+
+def keys_of(storage: Storage, dataset: schemas.Dataset) -> list[str]:
+    found: list[str] = read_table(storage, open_manifest(storage, dataset)).column("key").to_pylist()
+    return found
+
+
+def test_every_event_is_stored_once_under_its_keys(spark: SparkSession, storage: Storage, tmp_path: Path) -> None:
+    settings = parse_settings(shop(tmp_path, storage))
+    stored = read_table(storage, ingested(spark, storage, settings))
+    users, items = keys_of(storage, schemas.USERS), keys_of(storage, schemas.ITEMS)
+    found = {(users[row["user_id"]], items[row["item_id"]], row["timestamp"]) for row in stored.to_pylist()}
+    raw = pq.read_table(tmp_path / "data" / "interactions.parquet").to_pylist()
+    assert found == {(row["basket"], row["product"], row["when"]) for row in raw}
+    assert len(stored) == len(raw)
+    assert users == sorted(users)
+    assert items == sorted(items)
+    assert "lonely" in items
+
+
+def test_shuffle_partitions_change_no_byte(spark: SparkSession, storage: Storage, tmp_path: Path) -> None:
+    settings = parse_settings(shop(tmp_path, storage))
+    contents = []
+    for partitions in ("1", "3", "7"):
+        spark.conf.set("spark.sql.shuffle.partitions", partitions)
+        ingested(spark, storage, settings)
+        contents.append([open_manifest(storage, dataset).content for dataset in schemas.INGEST.writes])
+    spark.conf.set("spark.sql.shuffle.partitions", "3")
+    assert contents[0] == contents[1] == contents[2]
+
+
+def test_a_temporal_split_is_one_moment_for_everybody(spark: SparkSession, storage: Storage, tmp_path: Path) -> None:
+    settings = parse_settings(shop(tmp_path, storage, split={"validation": 0.1, "test": 0.2}))
+    stored = read_table(storage, ingested(spark, storage, settings))
+    times, splits = stored.column("timestamp").to_numpy(), stored.column("split").to_numpy()
+    assert times[splits == 0].max() < times[splits == 1].min()
+    assert times[splits == 1].max() < times[splits == 2].min()
+    assert np.mean(splits == 2) == pytest.approx(0.2, abs=0.02)
+    assert np.mean(splits == 1) == pytest.approx(0.1, abs=0.02)
+
+
+def test_leave_last_out_holds_out_every_users_last_events(
+    spark: SparkSession, storage: Storage, tmp_path: Path
+) -> None:
+    split = {"kind": "leave_last_out", "validation": 1, "test": 2}
+    stored = read_table(storage, ingested(spark, storage, parse_settings(shop(tmp_path, storage, split=split))))
+    users, splits = stored.column("user_id").to_numpy(), stored.column("split").to_numpy()
+    for user in np.unique(users):
+        assert splits[users == user].tolist() == [0] * 3 + [1] + [2] * 2
+
+
+def test_ids_are_kept_from_an_earlier_run_and_new_keys_appended(
+    spark: SparkSession, storage: Storage, tmp_path: Path
+) -> None:
+    tree = shop(tmp_path, storage)
+    ingested(spark, storage, parse_settings(tree))
+    before = keys_of(storage, schemas.ITEMS)
+    catalogue = pq.read_table(tmp_path / "data" / "items.parquet").to_pylist()
+    changed = [row for row in catalogue if row["product"] != "lonely"]
+    changed += [{"product": "aaa first in the alphabet", "name": "new thing", "price": 2.0}]
+    pq.write_table(pa.Table.from_pylist(changed), tmp_path / "data" / "items.parquet")
+    tonight = Storage(str(tmp_path / "tonight"))
+    tree["resources"]["run"] = tonight.url
+    tree["task"]["data"]["previous"] = storage.url
+    ingested(spark, tonight, parse_settings(tree))
+    after = keys_of(tonight, schemas.ITEMS)
+    assert after[: len(before)] == before
+    assert after[len(before) :] == ["aaa first in the alphabet"]
+    content = read_table(tonight, open_manifest(tonight, schemas.CONTENT)).to_pylist()
+    assert content[before.index("lonely")]["content_name"] is None
+
+
+def test_events_of_unknown_items_are_counted_and_dropped_or_kept(
+    spark: SparkSession, storage: Storage, tmp_path: Path
+) -> None:
+    tree = shop(tmp_path, storage)
+    catalogue = pq.read_table(tmp_path / "data" / "items.parquet")
+    known = [key != "g0-01" for key in catalogue.column("product").to_pylist()]
+    pq.write_table(catalogue.filter(pa.array(known)), tmp_path / "data" / "items.parquet")
+    raw = pq.read_table(tmp_path / "data" / "interactions.parquet").column("product").to_pylist()
+    manifest = ingested(spark, storage, parse_settings(tree))
+    assert manifest.metadata["unknown_items"] == 1
+    assert manifest.metadata["events_of_unknown_items"] == raw.count("g0-01")
+    assert manifest.metadata["unknown_item_examples"] == ["g0-01"]
+    assert manifest.num_rows == len(raw) - raw.count("g0-01")
+    tree["task"]["data"]["unknown_items"] = "add"
+    assert ingested(spark, storage, parse_settings(tree)).num_rows == len(raw)
+    assert "g0-01" in keys_of(storage, schemas.ITEMS)
+
+
+def test_without_a_catalogue_items_are_those_of_the_interactions(
+    spark: SparkSession, storage: Storage, tmp_path: Path
+) -> None:
+    tree = shop(tmp_path, storage)
+    tree["task"]["data"]["items"] = None
+    ingested(spark, storage, parse_settings(tree))
+    raw = pq.read_table(tmp_path / "data" / "interactions.parquet").column("product").to_pylist()
+    assert keys_of(storage, schemas.ITEMS) == sorted(set(raw))
