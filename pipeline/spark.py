@@ -23,6 +23,7 @@ from typing import Any
 
 import pyarrow as pa
 from py4j.protocol import Py4JError
+from pyspark import SparkConf, SparkContext
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -60,6 +61,7 @@ def session(resources: SparkResources, name: str) -> SparkSession:
         check_port(resources.driver_port, "resources.spark.driver_port")
     submitted = bool(os.environ.get("SPARK_ENV_LOADED") or os.environ.get("PYSPARK_GATEWAY_PORT"))
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads of tasks beside each other cost up to 8 times
     builder = SparkSession.builder.appName(name)
     if resources.master and not submitted:
         builder = builder.master(resources.master)
@@ -76,6 +78,7 @@ def session(resources: SparkResources, name: str) -> SparkSession:
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",
         "spark.python.worker.reuse": "true",
+        "spark.executorEnv.OMP_WAIT_POLICY": "PASSIVE",
         **({"spark.driver.port": str(resources.driver_port)} if resources.driver_port else {}),
         **resources.conf,
     }
@@ -83,8 +86,10 @@ def session(resources: SparkResources, name: str) -> SparkSession:
         options = conf.get("spark.driver.extraJavaOptions", "")
         if "log4j" not in options:
             conf["spark.driver.extraJavaOptions"] = f"{options} -Dlog4j2.configurationFile={_QUIET.as_uri()}".strip()
+    given = _submitted_settings() if submitted else {}
     for key, value in conf.items():
-        builder = builder.config(key, value)
+        if key not in given:
+            builder = builder.config(key, value)
     try:
         spark = builder.getOrCreate()
     except (PySparkException, Py4JError, RuntimeError, OSError) as error:
@@ -96,6 +101,12 @@ def session(resources: SparkResources, name: str) -> SparkSession:
         ) from error
     spark.sparkContext.setLogLevel("ERROR")
     return spark
+
+
+def _submitted_settings() -> dict[str, str]:
+    """What spark-submit was given, with the cluster's own defaults."""
+    SparkContext._ensure_initialized()
+    return dict(SparkConf().getAll())
 
 
 def check_port(port: int, setting: str) -> None:
