@@ -61,7 +61,7 @@ def session(resources: SparkResources, name: str) -> SparkSession:
         check_port(resources.driver_port, "resources.spark.driver_port")
     submitted = bool(os.environ.get("SPARK_ENV_LOADED") or os.environ.get("PYSPARK_GATEWAY_PORT"))
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads of tasks beside each other cost up to 8 times
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # tasks side by side: spinning threads cost up to 8 times
     builder = SparkSession.builder.appName(name)
     if resources.master and not submitted:
         builder = builder.master(resources.master)
