@@ -92,17 +92,19 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bytes(shop: Path, tmp
     seconds = float((shop / "seconds").read_text())
     chooser = random.Random(20261121)
     arguments = ("run", "--settings", settings, "--set", f"resources.run={run}")
-    for _ in range(KILLS):
+    kills = 0
+    while kills < KILLS:
         process = subprocess.Popen(
             command(*arguments), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         try:
-            process.wait(timeout=chooser.uniform(0.15, 0.9) * seconds)
+            process.wait(timeout=chooser.uniform(0.1, 0.6) * seconds)
+            shutil.rmtree(run)  # it ended before its moment came: begin again
         except subprocess.TimeoutExpired:
             trainers = _descendants(process.pid, "jobs.train")
-            victim = chooser.choice(trainers) if trainers and chooser.random() < 0.7 else process.pid
-            os.kill(victim, signal.SIGKILL)
+            os.kill(chooser.choice(trainers) if trainers and chooser.random() < 0.7 else process.pid, signal.SIGKILL)
             process.wait()
+            kills += 1
     pinsage(*arguments)
     assert differences(shop / "run", run) == []
     shutil.rmtree(run)
