@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,11 +28,15 @@ from numpy.typing import NDArray
 
 from pipeline.contracts.config import Settings, select
 from pipeline.contracts.errors import DataError
-from pipeline.contracts.schemas import SCHEMA_VERSION, Dataset, Stage
+from pipeline.contracts.schemas import SCHEMA_VERSION, Dataset, Stage, how_to_build
 from pipeline.contracts.storage import Storage
 
 MANIFEST = "_manifest.json"
 RECEIPTS = "_building"
+_OURS = re.compile(r"part-\d+\.parquet|checkpoint\.pt")
+"""Names that only stages give: an old version's shards, a finished training's checkpoint. Receipts name the rest."""
+_MAX_LIST_ENTRIES = 2**31 - 1
+"""Of one list column in one shard: Arrow and Parquet count them in 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ def open_manifest(storage: Storage, dataset: Dataset | str) -> Manifest:
     manifest = find_manifest(storage, dataset)
     if manifest is None:
         name = dataset if isinstance(dataset, str) else dataset.name
-        raise DataError(f"{storage.url} has no {name} yet; {_how_to_build(name)}")
+        raise DataError(f"{storage.url} has no {name} yet; {how_to_build(name)}")
     return manifest
 
 
@@ -153,7 +158,11 @@ def commit(
     lineage: Lineage,
     metadata: Mapping[str, Any] | None = None,
 ) -> Manifest:
-    """Make the shards a dataset: write the manifest, then clear receipts and files that belong to no shard."""
+    """Make the shards a dataset: clear what earlier versions left, write the manifest, then clear the receipts.
+
+    A kill before the manifest leaves no dataset, and the next attempt sweeps; one after it leaves receipts beside a
+    manifest, which `begin` distrusts. Files of names that are not ours stay.
+    """
     name = dataset if isinstance(dataset, str) else dataset.name
     manifest = Manifest(
         dataset=name,
@@ -165,20 +174,26 @@ def commit(
         created_at=time.time(),
     )
     text = json.dumps({**asdict(manifest), "content": manifest.content}, indent=1, sort_keys=True)
-    storage.write_bytes(f"{name}/{MANIFEST}", text.encode())
-    storage.delete(f"{name}/{RECEIPTS}")
-    kept = {MANIFEST, *(shard.name for shard in manifest.shards)}
+    received = {receipt.removesuffix(".json") for receipt in storage.names(f"{name}/{RECEIPTS}")}
+    kept = {shard.name for shard in manifest.shards}
     for other in storage.names(name):
-        if other not in kept:
+        if other not in kept and (other in received or _OURS.fullmatch(other)):
             storage.delete(f"{name}/{other}")
     storage.remove_unfinished(name)
+    storage.write_bytes(f"{name}/{MANIFEST}", text.encode())
+    storage.delete(f"{name}/{RECEIPTS}")
     return manifest
 
 
 def begin(storage: Storage, dataset: Dataset | str) -> None:
-    """Withdraw the dataset before its shards are overwritten, so that no manifest speaks of other bytes."""
+    """Withdraw the dataset before its shards are overwritten, so that no manifest speaks of other bytes.
+
+    Receipts beside a manifest are those of a finished attempt whose commit was killed, not of one to go on with.
+    """
     name = dataset if isinstance(dataset, str) else dataset.name
-    storage.delete(f"{name}/{MANIFEST}")
+    if MANIFEST in storage.names(name):
+        storage.delete(f"{name}/{RECEIPTS}")
+        storage.delete(f"{name}/{MANIFEST}")
 
 
 # ------------------------------------------------------------------------------------------------ shards
@@ -229,19 +244,19 @@ def put_large_file(storage: Storage, name: str, file: str, local: str | Path, li
 
 
 def leave_receipt(storage: Storage, name: str, shard: Shard, lineage: Lineage) -> Shard:
-    """Note that a shard of this lineage is finished."""
-    receipt = {"fingerprint": lineage.fingerprint, **asdict(shard)}
+    """Note that a shard of this lineage is finished, and by which version of the code."""
+    receipt = {"fingerprint": lineage.fingerprint, "code_version": code_version(), **asdict(shard)}
     storage.write_bytes(f"{name}/{RECEIPTS}/{shard.name}.json", json.dumps(receipt).encode())
     return shard
 
 
 def finished_shard(storage: Storage, dataset: Dataset | str, file: int | str, lineage: Lineage) -> Shard | None:
-    """The shard that an interrupted attempt of the same lineage finished, checked byte for byte; None if it did not."""
+    """The shard that an interrupted attempt of the same lineage and code finished, checked byte for byte; else None."""
     name = dataset if isinstance(dataset, str) else dataset.name
     file = shard_name(file) if isinstance(file, int) else file
     try:
         receipt = json.loads(storage.read_bytes(f"{name}/{RECEIPTS}/{file}.json"))
-        if receipt.pop("fingerprint") != lineage.fingerprint:
+        if (receipt.pop("fingerprint"), receipt.pop("code_version")) != (lineage.fingerprint, code_version()):
             return None
         shard = Shard(**receipt)
         data = storage.read_bytes(f"{name}/{file}")
@@ -254,7 +269,7 @@ def read_file(storage: Storage, manifest: Manifest, file: str) -> bytes:
     """One file of a dataset, checked against the manifest. Raises DataError if it is gone or was changed."""
     shard = next((shard for shard in manifest.shards if shard.name == file), None)
     if shard is None:
-        raise DataError(f"{manifest.dataset} has no file {file}; {_how_to_build(manifest.dataset)}")
+        raise DataError(f"{manifest.dataset} has no file {file}; {how_to_build(manifest.dataset)}")
     return _read_checked(storage, manifest.dataset, shard)
 
 
@@ -298,12 +313,12 @@ def _read_checked(storage: Storage, name: str, shard: Shard) -> bytes:
     try:
         data = storage.read_bytes(path)
     except FileNotFoundError:
-        remedy = _how_to_build(name, "again")
+        remedy = how_to_build(name, "again")
         raise DataError(f"{storage.locate(path)} is in the manifest but not there; {remedy}") from None
     if len(data) != shard.bytes or hashlib.sha256(data).hexdigest() != shard.sha256:
         raise DataError(
             f"{storage.locate(path)} was changed after its manifest was written: it has {len(data):,} bytes, expected "
-            f"{shard.bytes:,} bytes of another checksum; {_how_to_build(name, 'again')}"
+            f"{shard.bytes:,} bytes of another checksum; {how_to_build(name, 'again')}"
         )
     return data
 
@@ -329,9 +344,20 @@ def arrow_to_vectors(column: pa.ChunkedArray | pa.FixedSizeListArray) -> NDArray
 
 def lists_to_arrow(indptr: NDArray[np.integer], values: NDArray[Any]) -> pa.ListArray:
     """Row r is values[indptr[r]:indptr[r + 1]], as one list column of non-null elements."""
-    elements = pa.array(values)
+    offsets, elements = list_offsets(indptr), pa.array(values)
     field = pa.field("element", elements.type, nullable=False)
-    return pa.ListArray.from_arrays(pa.array(indptr, pa.int32()), elements, type=pa.list_(field))
+    return pa.ListArray.from_arrays(offsets, elements, type=pa.list_(field))
+
+
+def list_offsets(indptr: NDArray[np.integer]) -> pa.Array:
+    """Offsets of a list column as Arrow wants them, 32-bit; DataError for more entries than they can count."""
+    if indptr[-1] > _MAX_LIST_ENTRIES:
+        raise DataError(
+            f"the lists of one shard or input piece have {indptr[-1]:,} entries, and a column holds at most "
+            f"{_MAX_LIST_ENTRIES:,}; lower resources.rows_per_shard or resources.events_per_shard, or cut the input "
+            "into smaller files or row groups"
+        )
+    return pa.array(indptr, pa.int32())
 
 
 def arrow_to_lists(column: pa.ChunkedArray | pa.ListArray) -> tuple[NDArray[np.int64], NDArray[Any]]:
@@ -351,15 +377,6 @@ def code_version() -> str:
         return packages.version("pinsage-pipeline")
     except packages.PackageNotFoundError:
         return "unpackaged"
-
-
-def _how_to_build(name: str, when: str = "") -> str:
-    """The command; `again` for a dataset whose manifest says that it is there, which would be skipped as up to date."""
-    from pipeline.contracts.schemas import STAGES
-
-    base = name.split("/", 1)[0]
-    stage = next((s.name for s in STAGES if any(base == written.name for written in s.writes)), None)
-    return f"run `pinsage {stage or 'run'}{' --force' if when else ''}` to build it{f' {when}' if when else ''}"
 
 
 def _digest(tree: object) -> str:

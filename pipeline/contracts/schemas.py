@@ -1,8 +1,8 @@
 """Every dataset: its columns, types, units, key and order; and every stage: what it reads, writes and depends on.
 
 A dataset is a folder of shards and a manifest (see `datasets.py`). Types that depend on the settings, such as the
-width of a vector, are marked VECTOR or CONTENT and are fixed by the first shard's schema. The tables in the README and
-`pinsage status` are printed from here.
+width of a vector, are marked VECTOR; CONTENT, whose columns are the user's, has none listed. The tables in the README
+and `pinsage status` are printed from here.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ from pipeline.contracts.errors import DataError
 
 SCHEMA_VERSION = 1
 """Raised when a stored column changes meaning; a run of another version is refused, never misread."""
+
+
+TRAIN_SPLIT, VALIDATION_SPLIT, TEST_SPLIT = 0, 1, 2
+"""Values of interactions.split."""
 
 
 class Width(Enum):
@@ -63,9 +67,9 @@ class Dataset:
         """Raise DataError unless schema has these columns, in this order, of these types."""
         if self.columns is None:
             return
-        expected = [column.name for column in self.columns]
+        expected, remedy = [column.name for column in self.columns], how_to_build(self.name, "again")
         if schema.names != expected:
-            raise DataError(f"{where}: columns are {schema.names}, expected {expected}; {_rebuild(self.name)}")
+            raise DataError(f"{where}: columns are {schema.names}, expected {expected}; {remedy}")
         for column, field in zip(self.columns, schema, strict=True):
             if isinstance(column.type, Width):
                 good = pa.types.is_fixed_size_list(field.type) and pa.types.is_floating(field.type.value_type)
@@ -73,14 +77,14 @@ class Dataset:
                 good = field.type.equals(column.type)
             if not good:
                 expected_type = column.type.value if isinstance(column.type, Width) else column.type
-                raise DataError(
-                    f"{where}: column {column.name} is {field.type}, expected {expected_type}; {_rebuild(self.name)}"
-                )
+                raise DataError(f"{where}: column {column.name} is {field.type}, expected {expected_type}; {remedy}")
 
 
-def _rebuild(name: str) -> str:
-    stage = next((stage.name for stage in STAGES if any(name == written.name for written in stage.writes)), "run")
-    return f"run `pinsage {stage} --force` to build it again"
+def how_to_build(name: str, when: str = "") -> str:
+    """The command; `again` for a dataset whose manifest says that it is there, which would be skipped as up to date."""
+    folder = name.split("/", 1)[0]
+    stage = _SCRATCH.get(folder) or next((s.name for s in STAGES if any(folder == d.name for d in s.writes)), "run")
+    return f"run `pinsage {stage}{' --force' if when else ''}` to build it{f' {when}' if when else ''}"
 
 
 _ID = Column("id", pa.uint32(), "our dense id")
@@ -200,21 +204,20 @@ class Stage:
     meaning: str
 
 
-_SHAPE = ("resources.rows_per_shard", "resources.events_per_shard")
 _NUMERIC = ("resources.rows_per_shard", "resources.threads")
 
 INGEST = Stage(
     "ingest",
     (),
     (INTERACTIONS, USERS, ITEMS, CONTENT, QUARANTINE),
-    ("task.seed", "task.data", "task.split", *_SHAPE),
+    ("task.seed", "task.data", "task.split", "resources.rows_per_shard", "resources.events_per_shard"),
     "read the user's files, set bad rows aside, give ids, split by time",
 )
 GRAPH = Stage(
     "graph",
     (INTERACTIONS, USERS, ITEMS),
     (ITEM_USERS, USER_ITEMS),
-    ("task.graph", *_SHAPE),
+    ("task.graph", "resources.rows_per_shard"),
     "training interactions to compressed rows, both directions",
 )
 FEATURES_STAGE = Stage(
@@ -228,14 +231,14 @@ WALKS = Stage(
     "walks",
     (ITEM_USERS, USER_ITEMS),
     (NEIGHBOURS,),
-    ("task.seed", "task.walks", *_SHAPE),
+    ("task.seed", "task.walks", "resources.rows_per_shard"),
     "random walks to every item's top neighbours",
 )
 PAIRS_STAGE = Stage(
     "pairs",
     (INTERACTIONS, ITEMS, ITEM_USERS, USER_ITEMS),
     (PAIRS, HARD_NEGATIVES),
-    ("task.seed", "task.pairs", "task.walks", *_SHAPE),
+    ("task.seed", "task.pairs", "task.walks", "resources.rows_per_shard"),
     "training pairs and hard negatives",
 )
 TRAIN = Stage(
@@ -276,3 +279,6 @@ EVALUATION_STAGE = Stage(
 
 STAGES = (INGEST, GRAPH, FEATURES_STAGE, WALKS, PAIRS_STAGE, TRAIN, INFERENCE, INDEX_STAGE, EVALUATION_STAGE)
 """In the order that `pinsage run` runs them."""
+
+_SCRATCH = {"ingest": INGEST.name, LAYERS.name: INFERENCE.name}
+"""Folders of what a stage keeps only while it runs, and the stage."""

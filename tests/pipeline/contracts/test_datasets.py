@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from numpy.typing import NDArray
 
-from pipeline.contracts import schemas
+from pipeline.contracts import datasets, schemas
 from pipeline.contracts.config import Settings, parse_settings
 from pipeline.contracts.datasets import (
     MANIFEST,
@@ -29,6 +32,7 @@ from pipeline.contracts.datasets import (
     find_manifest,
     finished_shard,
     is_up_to_date,
+    leave_receipt,
     lists_to_arrow,
     open_manifest,
     put_large_file,
@@ -80,8 +84,13 @@ def test_a_dataset_without_its_manifest_does_not_exist(storage: Storage) -> None
 def test_a_missing_dataset_names_the_stage_that_builds_it(storage: Storage) -> None:
     with pytest.raises(DataError, match=r"has no neighbours yet; run `pinsage walks` to build it"):
         open_manifest(storage, schemas.NEIGHBOURS)
-    with pytest.raises(DataError, match=r"run `pinsage inference` to build it"):
-        open_manifest(storage, "embeddings/step-2")
+    for scratch, stage in (
+        ("layers/output-1", "inference"),
+        ("ingest/events", "ingest"),
+        ("embeddings/x", "inference"),
+    ):
+        with pytest.raises(DataError, match=rf"run `pinsage {stage}` to build it"):
+            open_manifest(storage, scratch)
 
 
 def test_a_manifest_comes_back_as_it_was_committed(storage: Storage) -> None:
@@ -89,7 +98,7 @@ def test_a_manifest_comes_back_as_it_was_committed(storage: Storage) -> None:
     found = open_manifest(storage, "things")
     assert found == manifest
     assert (found.num_rows, found.metadata, found.lineage) == (5, {"note": "hello"}, LINEAGE)
-    assert found.num_bytes == sum(storage.size(f"things/{shard.name}") for shard in found.shards)
+    assert found.num_bytes == sum(len(storage.read_bytes(f"things/{shard.name}")) for shard in found.shards)
     assert json.loads(storage.read_bytes(f"things/{MANIFEST}"))["content"] == found.content
 
 
@@ -100,13 +109,66 @@ def test_beginning_again_withdraws_the_dataset(storage: Storage) -> None:
     begin(storage, "never made")
 
 
-def test_a_commit_sweeps_out_what_belongs_to_no_shard(storage: Storage) -> None:
+def clutter(storage: Storage) -> None:
+    """Leave what earlier attempts leave."""
     store(storage, [2, 2, 2])
-    storage.write_bytes("things/stray/deep.bin", b"x")
-    Path(storage.locate("things/.part-00000.parquet.abc.tmp")).write_bytes(b"half")
+    begin(storage, "things")
+    storage.write_bytes("things/checkpoint.pt", b"state")
+    write_file(storage, "things", "old.bin", b"of a kind that is no longer written", LINEAGE)
+    Path(storage.locate(f"things/.part-00000.parquet.{'0' * 32}.tmp")).write_bytes(b"half")
+
+
+def files(storage: Storage) -> list[str]:
+    return sorted(path.name for path in Path(storage.locate("things")).iterdir())
+
+
+def test_a_commit_sweeps_out_what_earlier_attempts_left(storage: Storage) -> None:
+    clutter(storage)
     store(storage, [6])
-    left = sorted(path.name for path in Path(storage.locate("things")).iterdir())
-    assert left == [MANIFEST, "part-00000.parquet"]
+    assert files(storage) == [MANIFEST, "part-00000.parquet"]
+
+
+def test_a_commit_leaves_alone_what_no_stage_writes(storage: Storage) -> None:
+    mine = ["clicks.parquet", "part-2024.parquet.csv", "part-a.parquet", "notes.tmp", "deep"]
+    for name in mine:
+        storage.write_bytes(f"things/{name}" + "/file" * (name == "deep"), b"the user's own")
+    store(storage, [6])
+    assert files(storage) == sorted([MANIFEST, "part-00000.parquet", *mine])
+
+
+@pytest.mark.parametrize("survives", range(8))
+def test_a_commit_killed_anywhere_and_repeated_leaves_nothing_behind(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, survives: int
+) -> None:
+    clutter(storage)
+    left = iter(range(survives))
+
+    def killed(action: str) -> Callable[..., None]:
+        original = getattr(Storage, action)
+
+        def act(*arguments: Any) -> None:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            original(*arguments)
+
+        return act
+
+    shards = [write_shard(storage, "things", 0, pa.table({"id": [1]}), LINEAGE)]
+    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+        for action in ("write_bytes", "delete"):
+            patch.setattr(Storage, action, killed(action))
+        commit(storage, "things", shards, LINEAGE)
+    if find_manifest(storage, "things") is None:
+        commit(storage, "things", shards, LINEAGE)
+    assert [name for name in files(storage) if name != RECEIPTS] == [MANIFEST, "part-00000.parquet"]
+
+
+def test_receipts_beside_a_manifest_are_not_gone_on_with(storage: Storage) -> None:
+    """A commit killed after its manifest leaves them; a forced run must build again all the same."""
+    manifest = store(storage, [2])
+    leave_receipt(storage, "things", manifest.shards[0], LINEAGE)
+    begin(storage, "things")
+    assert finished_shard(storage, "things", 0, LINEAGE) is None
 
 
 def test_a_shard_of_another_schema_is_refused_before_it_is_stored(storage: Storage) -> None:
@@ -189,6 +251,14 @@ def test_a_finished_shard_is_known_to_a_restart_of_the_same_lineage_only(storage
     assert finished_shard(storage, "things", 3, LINEAGE) == shard
     assert finished_shard(storage, "things", 3, OTHER) is None
     assert finished_shard(storage, "things", 4, LINEAGE) is None
+
+
+def test_a_shard_of_another_version_of_the_code_is_made_again(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shard(storage, "things", 0, pa.table({"id": [1]}), LINEAGE)
+    monkeypatch.setattr(datasets, "code_version", lambda: "another")
+    assert finished_shard(storage, "things", 0, LINEAGE) is None
 
 
 @pytest.mark.parametrize("damage", [b"", b"other bytes", None])
@@ -344,3 +414,8 @@ def test_lists_come_back_from_storage_as_they_were(lists: list[list[int]], cut: 
         np.testing.assert_array_equal(starts, indptr)
         np.testing.assert_array_equal(back, values)
         assert back.dtype == np.uint32
+
+
+def test_lists_too_long_for_arrow_to_count_are_refused_with_what_to_lower() -> None:
+    with pytest.raises(DataError, match=r"2,147,483,648 entries.*lower resources\.rows_per_shard or resources\.events"):
+        lists_to_arrow(np.array([0, 2**31]), np.zeros(0, np.uint32))
