@@ -9,6 +9,8 @@ from __future__ import annotations
 import csv as header_csv
 import difflib
 import io
+import lzma
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,8 +25,8 @@ import pyarrow.json as jsonl
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.contracts.errors import DataError
-from pipeline.contracts.storage import describe_inputs
+from pipeline.contracts.errors import DataError, PipelineError
+from pipeline.contracts.storage import describe_inputs, explain
 
 ENDINGS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
@@ -79,8 +81,6 @@ def _list(path: str, setting: str) -> list[dict[str, Any]]:
         return describe_inputs(path)
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file; correct {setting}.paths") from None
-    except (OSError, ValueError, ImportError) as error:
-        raise DataError(f"{path}: cannot be listed: {_first_line(error)}; correct {setting}.paths") from None
 
 
 def inspect(url: str, file_format: str = "auto", setting: str = "the settings") -> InputFile:
@@ -227,11 +227,15 @@ def _explained(url: str, verb: str) -> Iterator[None]:
         raise DataError(f"{url}: the file has gone since the run began; put it back and run again") from None
     except PermissionError as error:
         raise DataError(f"{url}: cannot be {verb}: {_first_line(error)}; give this user the right to read it") from None
-    except (pa.ArrowException, OSError, EOFError, ValueError) as error:
+    except (pa.ArrowException, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
         raise DataError(
             f"{url}: cannot be {verb}: {_first_line(error)}; the file is damaged, cut off or of another format: "
             "write it again, or set its format in the settings"
         ) from None
+    except (PipelineError, MemoryError):
+        raise
+    except Exception as error:  # what object stores raise has no common base
+        raise explain(f"read {url}", error) from error
 
 
 def _first_line(error: BaseException) -> str:

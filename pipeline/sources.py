@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.contracts.config import FeatureColumn, InteractionsSource, ItemsSource
+from pipeline.contracts.datasets import list_offsets
 from pipeline.contracts.errors import DataError
 from pipeline.contracts.schemas import QUARANTINE
 from pipeline.input_files import InputFile, Piece, check_columns, find_files, peek, read_piece
@@ -187,8 +188,8 @@ def read_interactions(task: dict[str, Any], source: InteractionsSource) -> tuple
 def read_items(task: dict[str, Any], source: ItemsSource) -> tuple[pa.Table, pa.Table]:
     """One task's items as (good, bad).
 
-    good has item_key and title string, position int64, then content_schema: the content columns in the settings' order;
-    null where missing, vectors finite and of one length, names of categories stripped and never empty. bad is as
+    good has item_key and title string, position int64, then the content columns in the settings' order: null where
+    missing, vectors finite and of one length, names of categories stripped and never empty. bad is as
     schemas.QUARANTINE. Duplicate keys are for ingest to find, which sees all tasks.
     """
     url = task["url"]
@@ -207,11 +208,6 @@ def read_items(task: dict[str, Any], source: ItemsSource) -> tuple[pa.Table, pa.
     for column in source.columns:
         good[CONTENT_PREFIX + column.name] = _read_content(piece.table[column.name], column, task, keys, bad)
     return pa.table(good).filter(pa.array(~bad.mask)), bad.table(piece, url)
-
-
-def content_schema(columns: Sequence[FeatureColumn]) -> pa.Schema:
-    """Names and types of the content columns that read_items gives."""
-    return pa.schema([(CONTENT_PREFIX + column.name, _ARROW_TYPES[column.kind]) for column in columns])
 
 
 def _read_timestamps(column: pa.ChunkedArray, source: InteractionsSource, url: str, bad: _BadRows) -> pa.Array:
@@ -318,7 +314,7 @@ def _read_vectors(
     bad.add(unreadable, lambda row: f"{named(row)} is not a list of numbers")
     bad.add(~missing & (lengths != width), lambda row: f"{named(row)} has {lengths[row]} numbers, expected {width}")
     bad.add(unreal, lambda row: f"{named(row)} holds NaN, infinity or null, expected {width} finite numbers")
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    offsets = _offsets(lengths)
     return pa.ListArray.from_arrays(offsets, pa.array(values), type=_ARROW_TYPES["vector"], mask=pa.array(missing))
 
 
@@ -387,16 +383,14 @@ def _as_names(column: pa.ChunkedArray, separator: str | None, where: str) -> pa.
     array = _plain(column)
     if not _is_list(array.type):
         text = _as_text(array, where, f"{ITEMS}.columns")
-        single = np.arange(len(text) + 1, dtype=np.int32)
-        array = pc.split_pattern(text, separator) if separator else pa.ListArray.from_arrays(single, text)
+        single = pa.ListArray.from_arrays(list_offsets(np.arange(len(text) + 1)), text)
+        array = pc.split_pattern(text, separator) if separator else single
     names = pc.utf8_trim_whitespace(_as_text(pc.list_flatten(array), where, f"{ITEMS}.columns"))
     kept = _mask(pc.greater(pc.utf8_length(names), 0).fill_null(False))
     rows = pc.list_parent_indices(array).to_numpy()[kept]
     lengths = np.bincount(rows, minlength=len(array))
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return pa.ListArray.from_arrays(
-        offsets, names.filter(pa.array(kept)), type=_ARROW_TYPES["categorical"], mask=pa.array(lengths == 0)
-    )
+    stripped, missing = names.filter(pa.array(kept)), pa.array(lengths == 0)
+    return pa.ListArray.from_arrays(_offsets(lengths), stripped, type=_ARROW_TYPES["categorical"], mask=missing)
 
 
 def _as_lists(column: pa.ChunkedArray, feature: FeatureColumn, url: str) -> tuple[pa.Array, NDArray[np.bool_]]:
@@ -409,9 +403,7 @@ def _as_lists(column: pa.ChunkedArray, feature: FeatureColumn, url: str) -> tupl
         numbers, known = _as_numbers(pc.list_flatten(words), wrong, f"correct its kind in {ITEMS}.columns")
         unreadable = np.zeros(len(array), dtype=bool)
         unreadable[pc.list_parent_indices(words).to_numpy()[~known]] = True
-        lengths = pc.list_value_length(words)
-        offsets = np.concatenate([[0], np.cumsum(lengths.fill_null(0).to_numpy())]).astype(np.int32)
-        mask = pc.is_null(words)
+        offsets, mask = _offsets(pc.list_value_length(words).fill_null(0).to_numpy()), pc.is_null(words)
         return pa.ListArray.from_arrays(offsets, pa.array(np.where(known, numbers, 0)), mask=mask), unreadable
     element = array.type.value_type if _is_list(array.type) else pa.string()
     if pa.types.is_null(array.type):
@@ -419,6 +411,10 @@ def _as_lists(column: pa.ChunkedArray, feature: FeatureColumn, url: str) -> tupl
     elif not (pa.types.is_floating(element) or pa.types.is_integer(element) or pa.types.is_null(element)):
         raise DataError(f"{wrong}; correct its kind in {ITEMS}.columns")
     return array, np.zeros(len(array), dtype=bool)
+
+
+def _offsets(lengths: NDArray[np.integer]) -> pa.Array:
+    return list_offsets(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
 
 
 def _as_numbers(array: pa.Array, where: str, remedy: str) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:

@@ -1,19 +1,23 @@
 """The only door to storage: whole objects in, whole objects out, on any fsspec URL.
 
-An object is written completely or not at all: on a file system to a temporary name beside it, then renamed; on an
-object store by one put. Reads and writes are retried here and nowhere else. A Storage pickles to its URL, so Spark
+An object is written completely or not at all: on an object store by one put, elsewhere to a temporary name beside it,
+then renamed. Reads and writes are retried here and nowhere else. A Storage pickles to its URL, so Spark
 tasks and training ranks open their own. Memory: one object at a time.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
+import re
 import shutil
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -24,8 +28,13 @@ from pipeline.contracts.errors import StorageError
 
 T = TypeVar("T")
 ATTEMPTS = 4
-_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+_FINAL = (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError, ImportError, ValueError)
 _FINAL_ERRNO = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG)
+_PUTS_WHOLE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memory"}
+"""Protocols whose put shows a reader all of an object or nothing; the others may be caught half way."""
+_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
+_STAMPS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "modificationTime")
+"""What file systems call the mark that changes when a file does."""
 
 
 class Storage:
@@ -33,11 +42,7 @@ class Storage:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        try:
-            filesystem, root = fsspec.core.url_to_fs(url)
-        except (ValueError, ImportError) as error:
-            raise StorageError(f"cannot open {url}: {error}") from None
-        self._filesystem = filesystem
+        self._filesystem, root = retry(f"open {url}", lambda: fsspec.core.url_to_fs(url))
         self.root = root.rstrip("/") or "/"
 
     def __getstate__(self) -> str:
@@ -64,89 +69,93 @@ class Storage:
     def read_bytes(self, path: str) -> bytes:
         """The whole object. Raises FileNotFoundError if there is none, StorageError for any other refusal."""
         full = self.locate(path)
-        data: bytes = self._retry(f"read {full}", lambda: self._filesystem.cat_file(full))
+        data: bytes = retry(f"read {full}", lambda: self._filesystem.cat_file(full))
         return data
 
     def write_bytes(self, path: str, data: bytes | memoryview) -> None:
-        """Write the whole object, or nothing: a reader sees the old one or the new one."""
+        """Write the whole object, or nothing: a reader sees the old or the new one (HDFS, SFTP: for a moment none)."""
         full = self.locate(path)
 
-        def write() -> None:
+        def write(target: str) -> None:
             if not self.is_local:
-                self._filesystem.pipe_file(full, bytes(data))
+                self._filesystem.pipe_file(target, bytes(data))
                 return
-            os.makedirs(os.path.dirname(full), exist_ok=True)
-            temporary = f"{os.path.dirname(full)}/.{os.path.basename(full)}.{uuid.uuid4().hex}.tmp"
-            try:
-                with open(temporary, "wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, full)
-            except BaseException:
-                Path(temporary).unlink(missing_ok=True)
-                raise
+            with open(target, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
 
-        self._retry(f"write {full} ({len(data):,} bytes)", write)
+        self._store(f"write {full} ({len(data):,} bytes)", full, write)
 
     def put_file(self, local: str | Path, path: str) -> None:
         """Store a local file under path, whole or not at all; for objects too large for memory."""
         full = self.locate(path)
 
-        def put() -> None:
-            if not self.is_local:
-                self._filesystem.put_file(str(local), full)
-                return
-            os.makedirs(os.path.dirname(full), exist_ok=True)
-            temporary = f"{os.path.dirname(full)}/.{os.path.basename(full)}.{uuid.uuid4().hex}.tmp"
-            try:
-                shutil.copyfile(local, temporary)
+        def write(target: str) -> None:
+            if self.is_local:
+                shutil.copyfile(local, target)
+            else:
+                self._filesystem.put_file(str(local), target)
+
+        self._store(f"write {full}", full, write)
+
+    def _store(self, action: str, full: str, write: Callable[[str], None]) -> None:
+        """Let write fill the object, by way of a temporary name where readers could see it half written."""
+        folder, protocols = self.root if self.is_local else "", self._filesystem.protocol
+        if _PUTS_WHOLE & ({protocols} if isinstance(protocols, str) else set(protocols)):
+            attempt = partial(write, full)
+        else:
+            attempt = partial(self._write_and_rename, full, write)
+        try:
+            retry(action, attempt, folder)
+        except FileNotFoundError as error:  # a bucket that does not exist, say: for a writer that is a refusal
+            raise explain(action, error, folder) from error
+
+    def _write_and_rename(self, full: str, write: Callable[[str], None]) -> None:
+        folder, _, name = full.rpartition("/")
+        temporary = f"{folder}/.{name}.{uuid.uuid4().hex}.tmp"
+        self._filesystem.makedirs(folder, exist_ok=True)
+        try:
+            write(temporary)
+            if self.is_local:
                 os.replace(temporary, full)
-            except BaseException:
-                Path(temporary).unlink(missing_ok=True)
-                raise
-
-        self._retry(f"write {full}", put)
-
-    def exists(self, path: str) -> bool:
-        """Whether an object or a folder of objects is there."""
-        full = self.locate(path)
-        return bool(self._retry(f"look for {full}", lambda: self._filesystem.exists(full)))
-
-    def size(self, path: str) -> int:
-        """Bytes of an object. Raises FileNotFoundError if there is none."""
-        full = self.locate(path)
-        self._filesystem.invalidate_cache()
-        return int(self._retry(f"look at {full}", lambda: self._filesystem.size(full)))
+                return
+            if self._filesystem.exists(full):  # HDFS and SMB rename to no name that is taken
+                self._filesystem.rm_file(full)
+            self._filesystem.mv(temporary, full)
+        except BaseException:
+            with suppress(Exception):
+                self._filesystem.rm_file(temporary)
+            raise
 
     def names(self, path: str) -> list[str]:
         """Names directly below a folder, sorted; empty if there is no folder. Unfinished writes are not listed."""
+        return sorted(name for name in self._list(path) if not _UNFINISHED.fullmatch(name))
+
+    def _list(self, path: str) -> list[str]:
         full = self.locate(path)
         self._filesystem.invalidate_cache()
         try:
-            names = self._retry(f"list {full}", lambda: self._filesystem.ls(full, detail=False))
+            names = retry(f"list {full}", lambda: self._filesystem.ls(full, detail=False))
         except FileNotFoundError:
             return []
-        base = (name.rstrip("/").rsplit("/", 1)[-1] for name in names)
-        return sorted(name for name in base if not name.endswith(".tmp"))
+        return [name.rstrip("/").rsplit("/", 1)[-1] for name in names]
 
     def delete(self, path: str) -> None:
         """Remove an object, or a folder with all below it; nothing there is fine."""
         full = self.locate(path)
 
         def delete() -> None:
-            try:
+            with suppress(FileNotFoundError):
                 self._filesystem.rm(full, recursive=True)
-            except FileNotFoundError:
-                return
 
-        self._retry(f"delete {full}", delete)
+        retry(f"delete {full}", delete)
 
     def remove_unfinished(self, path: str) -> None:
-        """Remove what interrupted writes left in a local folder; call it when nobody writes there."""
-        if self.is_local:
-            for leftover in Path(self.locate(path)).glob(".*.tmp"):
-                leftover.unlink(missing_ok=True)
+        """Remove what interrupted writes left in a folder; call it when nobody writes there."""
+        for name in self._list(path):
+            if _UNFINISHED.fullmatch(name):
+                self.delete(f"{path}/{name}")
 
     def check_writable(self) -> None:
         """Raise StorageError, before work starts, if nothing can be written here."""
@@ -154,30 +163,43 @@ class Storage:
         self.write_bytes(probe, b"")
         self.delete(probe)
 
-    def _retry(self, action: str, attempt: Callable[[], T]) -> T:
-        """Try a few times with growing pauses; refusals that time does not mend are raised at once."""
-        for remaining in range(ATTEMPTS - 1, -1, -1):
-            try:
-                return attempt()
-            except FileNotFoundError:
-                raise
-            except OSError as error:
-                if isinstance(error, _FINAL) or error.errno in _FINAL_ERRNO or not remaining:
-                    raise StorageError(self._explain(action, error)) from error
-                time.sleep((ATTEMPTS - remaining) * 0.2 * (1 + random.random()))
-        raise AssertionError("unreachable")
 
-    def _explain(self, action: str, error: OSError) -> str:
-        remedy = "check the address and the credentials"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(_nearest_folder(self.root)).free if self.is_local else 0
-            remedy = f"{free:,} bytes are free there; make room or move resources.run, then run again"
-        elif isinstance(error, PermissionError) or error.errno == errno.EROFS:
-            right = "write" if action.startswith(("write", "delete")) else "read"
-            remedy = f"give this user the right to {right} there, or choose another folder"
-        elif isinstance(error, (NotADirectoryError, FileExistsError)):
-            remedy = "a file stands where a folder is needed; choose another resources.run"
-        return f"cannot {action}: {error.strerror or error}; {remedy}"
+def retry(action: str, attempt: Callable[[], T], folder: str = "") -> T:
+    """What a call to a file system gives, tried a few times with growing pauses unless time cannot mend its refusal.
+
+    Raises FileNotFoundError as it comes and StorageError for every other refusal, of whatever type: what object stores
+    raise (botocore, gcsfs) has no common base. Its cause is kept. folder is where the room on a full disk is measured.
+    """
+    for remaining in range(ATTEMPTS - 1, -1, -1):
+        try:
+            return attempt()
+        except (FileNotFoundError, MemoryError, StorageError):
+            raise
+        except Exception as error:
+            if isinstance(error, _FINAL) or getattr(error, "errno", None) in _FINAL_ERRNO or not remaining:
+                raise explain(action, error, folder) from error
+            time.sleep((ATTEMPTS - remaining) * 0.2 * (1 + random.random()))
+    raise AssertionError("unreachable")
+
+
+def explain(action: str, error: Exception, folder: str = "") -> StorageError:
+    """What a file system's refusal means to a person, and what to do; to be raised from it."""
+    code = getattr(error, "errno", None)
+    remedy = "check the address and the credentials"
+    if code in (errno.ENOSPC, errno.EDQUOT):
+        free = f"{shutil.disk_usage(_nearest_folder(folder)).free:,} bytes are free there; " if folder else ""
+        remedy = f"{free}make room or move resources.run, then run again"
+    elif isinstance(error, PermissionError) or code == errno.EROFS:
+        right = "write" if action.startswith(("write", "delete")) else "read"
+        remedy = f"give this user the right to {right} there, or choose another folder"
+    elif isinstance(error, (NotADirectoryError, FileExistsError)):
+        remedy = "a file stands where a folder is needed; choose another resources.run"
+    elif isinstance(error, ImportError):
+        remedy = "install the package that speaks this protocol (s3 and gcs are extras of this one)"
+    found = getattr(error, "strerror", None) or str(error)
+    if not isinstance(error, (OSError, ImportError, ValueError)):  # a name says more than what comes with it
+        found = f"{type(error).__name__}: {found}"
+    return StorageError(f"cannot {action}: {found}; {remedy}")
 
 
 def _nearest_folder(path: str) -> str:
@@ -187,23 +209,35 @@ def _nearest_folder(path: str) -> str:
 
 
 def describe_inputs(url: str) -> list[dict[str, Any]]:
-    """The files that a path, glob or folder names: url, size and a stamp that changes when the file does.
+    """The files that a path, glob or folder names: url, size (None if unknown) and a stamp that changes when one does.
 
-    Raises FileNotFoundError if there are none. Used to know whether the user's files changed since the last run.
+    Of a folder, what lies in hidden folders (`_temporary`, `.cache`) or is hidden itself is left out. Used to know
+    whether the user's files changed since the last run. Raises FileNotFoundError if there are none, else StorageError.
     """
+    return retry(f"list {url}", lambda: _describe(url))
+
+
+def _describe(url: str) -> list[dict[str, Any]]:
     filesystem, path = fsspec.core.url_to_fs(url)
+    filesystem.invalidate_cache()
     if any(sign in path for sign in "*?[") and not filesystem.exists(path):
         names = [name for name in filesystem.glob(path) if not filesystem.isdir(name)]
     elif filesystem.isdir(path):
-        names = [name for name in filesystem.find(path) if not name.rsplit("/", 1)[-1].startswith(("_", "."))]
+        below = len(path.rstrip("/"))
+        names = [name for name in filesystem.find(path) if not re.search(r"/[_.]", name[below:])]
     else:
-        names = [path] if filesystem.exists(path) else []
+        names = [path]  # if there is none, `info` says so; `exists` would hide missing credentials
     if not names:
         raise FileNotFoundError(url)
     found = []
     for name in sorted(names):
         info = filesystem.info(name)
-        marks = ("ETag", "etag", "md5Hash", "mtime", "LastModified")
-        stamp = next((str(info[mark]) for mark in marks if info.get(mark)), "")
-        found.append({"url": str(filesystem.unstrip_protocol(name)), "bytes": int(info["size"]), "stamp": stamp})
+        stamp = next((str(info[mark]) for mark in _STAMPS if info.get(mark)), "")
+        found.append(
+            {
+                "url": str(filesystem.unstrip_protocol(name)),
+                "bytes": None if info.get("size") is None else int(info["size"]),
+                "stamp": stamp or json.dumps({**info, "name": None}, sort_keys=True, default=str),
+            }
+        )
     return found

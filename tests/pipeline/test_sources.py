@@ -8,13 +8,14 @@ from datetime import date, datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline import sources
 from pipeline.contracts.config import InteractionsSource, ItemsSource
-from pipeline.contracts.errors import DataError
+from pipeline.contracts.errors import DataError, StorageError
 from pipeline.contracts.schemas import QUARANTINE
 
 NOON = 1_300_000_000
@@ -52,8 +53,12 @@ def read_items(*paths: Path, columns: list[dict[str, Any]] | None = None, **chan
     source = ItemsSource.model_validate({**given, **changes})
     parts = [sources.read_items(json.loads(json.dumps(task)), source) for task in sources.plan_items(source, 1000)]
     good, bad = (pa.concat_tables([part[place] for part in parts]) for place in (0, 1))
-    assert good.schema.names[3:] == sources.content_schema(source.columns).names
-    assert good.schema.types[3:] == sources.content_schema(source.columns).types
+    kinds = {
+        "vector": pa.list_(pa.float32()), "numeric": pa.float64(), "categorical": pa.list_(pa.string()),
+        "text": pa.string(),
+    }  # fmt: skip
+    assert good.schema.names[3:] == [f"content_{column.name}" for column in source.columns]
+    assert good.schema.types[3:] == [kinds[column.kind] for column in source.columns]
     return good, bad
 
 
@@ -457,3 +462,23 @@ def test_numbers_where_dates_are_expected_are_refused(tmp_path: Path) -> None:
         read(write(tmp_path / "events.parquet", EVENTS), timestamp_unit="iso")
     with refused(r"events\.csv", "text such as '1300000000'", "ISO 8601", "timestamp_unit"):
         read(write(tmp_path / "events.csv", EVENTS), timestamp_unit="iso")
+
+
+def test_an_object_stores_own_error_is_a_message_not_a_stack_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class LibraryError(Exception):
+        """Stands for botocore's and gcsfs's own errors, which are no OSError."""
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise LibraryError("no credentials")
+
+    path = write(tmp_path / "events.parquet", EVENTS)
+    monkeypatch.setattr(fsspec, "open", refuse)
+    with pytest.raises(StorageError, match=r"cannot read file://.*events\.parquet: LibraryError: no credentials"):
+        read(path)
+
+
+def test_a_path_of_an_unknown_protocol_is_a_message() -> None:
+    with pytest.raises(StorageError, match=r"cannot list nosuch://bucket/a\.csv: .*check the address"):
+        read("nosuch://bucket/a.csv")

@@ -28,6 +28,8 @@ class FlakyFileSystem(MemoryFileSystem):
     pseudo_dirs = [""]  # noqa: RUF012
     failures: list[BaseException] = []  # noqa: RUF012
     calls = 0
+    seen: list[bytes | None] = []  # noqa: RUF012
+    """What a reader of run/a finds while something is written."""
 
     def _answer(self) -> None:
         FlakyFileSystem.calls += 1
@@ -41,7 +43,16 @@ class FlakyFileSystem(MemoryFileSystem):
 
     def pipe_file(self, path: str, value: bytes, *arguments: Any, **options: Any) -> None:
         self._answer()
+        super().pipe_file(path, value[: len(value) // 2], *arguments, **options)
+        self.seen.append(next((file.getvalue() for name, file in self.store.items() if name.endswith("run/a")), None))
         super().pipe_file(path, value, *arguments, **options)
+
+    def put_file(self, lpath: str, rpath: str, *arguments: Any, **options: Any) -> None:
+        self.pipe_file(rpath, Path(lpath).read_bytes())
+
+
+class LibraryError(Exception):
+    """Stands for botocore's and gcsfs's own errors, which are no OSError."""
 
 
 @pytest.fixture
@@ -49,7 +60,8 @@ def flaky(monkeypatch: pytest.MonkeyPatch) -> Storage:
     """A storage that can be told to fail; pauses between attempts take no time."""
     fsspec.register_implementation("flaky", FlakyFileSystem, clobber=True)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    FlakyFileSystem.failures, FlakyFileSystem.calls = [], 0
+    FlakyFileSystem.failures, FlakyFileSystem.calls, FlakyFileSystem.seen = [], 0, []
+    FlakyFileSystem.store.clear()
     return Storage("flaky://bucket/run")
 
 
@@ -71,9 +83,7 @@ def test_what_is_written_is_read_again_and_a_second_write_wins(anywhere: Storage
     anywhere.write_bytes("a/b/c.bin", b"first")
     anywhere.write_bytes("a/b/c.bin", memoryview(b"second"))
     assert anywhere.read_bytes("a/b/c.bin") == b"second"
-    assert anywhere.size("a/b/c.bin") == 6
-    assert anywhere.exists("a/b/c.bin")
-    assert anywhere.exists("a")
+    assert anywhere.names("a/b") == ["c.bin"]
 
 
 @given(data=st.binary(max_size=2000))
@@ -81,7 +91,6 @@ def test_any_bytes_survive(tmp_path_factory: pytest.TempPathFactory, data: bytes
     storage = Storage(str(tmp_path_factory.getbasetemp() / "bytes"))
     storage.write_bytes("x", data)
     assert storage.read_bytes("x") == data
-    assert storage.size("x") == len(data)
 
 
 def test_names_are_sorted_and_only_those_directly_below(anywhere: Storage) -> None:
@@ -93,11 +102,8 @@ def test_names_are_sorted_and_only_those_directly_below(anywhere: Storage) -> No
 
 
 def test_what_is_not_there_is_file_not_found(anywhere: Storage) -> None:
-    assert not anywhere.exists("nothing")
     with pytest.raises(FileNotFoundError):
         anywhere.read_bytes("nothing")
-    with pytest.raises(FileNotFoundError):
-        anywhere.size("nothing")
 
 
 def test_deleting_removes_a_folder_with_all_below_and_nothing_is_fine(anywhere: Storage) -> None:
@@ -189,11 +195,35 @@ def test_a_copy_that_breaks_off_leaves_the_old_object(
     assert os.listdir(storage.locate("model")) == ["large"]
 
 
+@pytest.mark.parametrize("large", [False, True])
+def test_where_a_put_shows_halves_an_object_is_written_aside_and_renamed(
+    flaky: Storage, tmp_path: Path, large: bool
+) -> None:
+    """HDFS, SFTP: neither a file system of this machine nor an object store."""
+    (tmp_path / "new").write_bytes(b"newer")
+    flaky.write_bytes("a", b"old")
+    if large:
+        flaky.put_file(tmp_path / "new", "a")
+    else:
+        flaky.write_bytes("a", b"newer")
+    assert FlakyFileSystem.seen == [None, b"old"], "at no moment half an object"
+    assert flaky.read_bytes("a") == b"newer"
+    assert len(FlakyFileSystem.store) == 1
+
+
+def test_an_object_store_gets_an_object_by_one_put(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, names = Storage(f"memory://{uuid.uuid4()}"), []
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", lambda self, path, value: names.append(path))
+    storage.write_bytes("a", b"1")
+    assert names == [f"{storage.root}/a"]
+
+
 # ------------------------------------------------------------------------------------------------ trying again
 
 
 @pytest.mark.parametrize(
-    "failure", [TimeoutError("slow"), ConnectionResetError("reset"), OSError(errno.EIO, "I/O error")]
+    "failure",
+    [TimeoutError("slow"), ConnectionResetError("reset"), OSError(errno.EIO, "I/O error"), LibraryError("throttled")],
 )
 def test_what_time_may_mend_is_tried_again(flaky: Storage, failure: BaseException) -> None:
     FlakyFileSystem.failures = [failure] * (ATTEMPTS - 1)
@@ -210,6 +240,19 @@ def test_it_is_not_tried_for_ever_and_the_message_says_what_was_tried(flaky: Sto
     ):
         flaky.write_bytes("a", b"1")
     assert FlakyFileSystem.calls == ATTEMPTS
+
+
+def test_an_error_of_a_librarys_own_is_explained_and_kept_as_the_cause(flaky: Storage) -> None:
+    FlakyFileSystem.failures = [LibraryError("no credentials")] * ATTEMPTS
+    with pytest.raises(StorageError, match=r"LibraryError: no credentials; check .*credentials") as caught:
+        flaky.read_bytes("a")
+    assert isinstance(caught.value.__cause__, LibraryError)
+
+
+def test_a_bucket_that_is_not_there_is_a_refusal_to_who_writes(flaky: Storage) -> None:
+    FlakyFileSystem.failures = [FileNotFoundError("the bucket does not exist")]
+    with pytest.raises(StorageError, match=r"cannot write .*the bucket does not exist"):
+        flaky.write_bytes("a", b"1")
 
 
 @pytest.mark.parametrize(
@@ -262,8 +305,8 @@ def test_a_file_in_the_way_of_the_folder_is_explained(tmp_path: Path, run: str) 
 
 
 def test_a_file_a_glob_and_a_folder_name_their_files(tmp_path: Path) -> None:
-    for name in ("b.csv", "a.csv", "deep/c.csv", "_SUCCESS", ".hidden.csv"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name in ("b.csv", "a.csv", "deep/c.csv", "_SUCCESS", ".hidden.csv", "deep/_temporary/0/d.csv", ".git/e.csv"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
 
     def found(pattern: str) -> list[str]:
@@ -303,3 +346,39 @@ def test_files_are_described_on_any_file_system() -> None:
     assert [(entry["url"], entry["bytes"]) for entry in describe_inputs(f"{folder}/*.csv")] == [
         (f"{folder.replace('memory://', 'memory:///')}/part-0.csv", 3)
     ]
+
+
+def test_a_file_that_changed_where_none_keeps_the_time_is_described_differently() -> None:
+    url = f"memory://{uuid.uuid4()}/a"
+    found = []
+    for data in (b"one", b"two"):
+        with fsspec.open(url, "wb") as file:
+            file.write(data)
+        found.append(describe_inputs(url))
+        assert found[-1] == describe_inputs(url)
+    assert found[0] != found[1]
+
+
+def test_a_file_of_unknown_size_is_described(flaky: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    flaky.write_bytes("a", b"1")
+    monkeypatch.setattr(FlakyFileSystem, "info", lambda self, path: {"name": path, "size": None, "type": "file"})
+    assert [entry["bytes"] for entry in describe_inputs("flaky://bucket/run/a")] == [None]
+
+
+def test_files_that_cannot_be_asked_for_are_explained(flaky: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StorageError, match=r"cannot list nosuch://a"):
+        describe_inputs("nosuch://a")
+
+    def no_credentials(self: FlakyFileSystem, path: str) -> None:
+        raise LibraryError("no credentials")
+
+    monkeypatch.setattr(FlakyFileSystem, "info", no_credentials)
+    with pytest.raises(StorageError, match=r"cannot list flaky://bucket/a: LibraryError: no credentials"):
+        describe_inputs("flaky://bucket/a")
+
+    def no_package(url: str) -> None:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", no_package)
+    with pytest.raises(StorageError, match="cannot list s3://b/a: Install s3fs to access S3; install the package"):
+        describe_inputs("s3://b/a")
