@@ -2,7 +2,7 @@
 
 A walk step or a feature lookup is then a memory access. A copy is made once per host and dataset content, under a file
 lock, from shards checked against the manifest; its folder is named by the manifest's content hash, so it can never be
-stale. Disk: the raw arrays. Memory: one shard while copying.
+stale. Making one removes those that nobody used for two weeks. Disk: the raw arrays. Memory: one shard while copying.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import json
 import os
 import shutil
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,30 @@ from pipeline.contracts.datasets import Manifest, arrow_to_lists, arrow_to_vecto
 from pipeline.contracts.errors import StorageError
 from pipeline.contracts.storage import Storage
 
-_DIGITS = 24  # of the content hash in a folder's name
+_OWNER_DIGITS, _DIGITS = 12, 24  # of the hashes of the run's URL and of the content, in the folders' names
+_KEPT_SECONDS = 14 * 24 * 3600
+"""Long enough for a weekly run to find its copies; a cache that nobody clears would fill the disk."""
 
 
-def default_cache() -> str:
-    """The folder used when resources.cache is not set: in the temporary folder, one per user."""
-    return str(Path(tempfile.gettempdir()) / f"pinsage-{os.getuid()}")
+def default_cache() -> Path:
+    """The folder used when resources.cache is not set: in the temporary folder, one per user and closed to others.
+
+    Raises StorageError if another user made it: what is mapped from there would be theirs to change.
+    """
+    folder = Path(tempfile.gettempdir()) / f"pinsage-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise StorageError(f"cannot make {folder} for local copies: {error.strerror}; set resources.cache") from error
+    if folder.lstat().st_uid != os.getuid():
+        raise StorageError(
+            f"the folder for local copies {folder} belongs to another user; set resources.cache to a folder of yours, "
+            "or have that one removed"
+        )
+    folder.chmod(0o700)
+    return folder
 
 
 def map_values(storage: Storage, manifest: Manifest, column: str, cache: str | None) -> NDArray[Any]:
@@ -71,11 +91,14 @@ def _open(folder: Path, name: str) -> NDArray[Any]:
 
 
 def _replicate(storage: Storage, manifest: Manifest, column: str, cache: str | None, kind: str) -> Path:
-    owner = hashlib.sha256(storage.url.encode()).hexdigest()[:12]
-    home = Path(cache or default_cache()) / owner / manifest.dataset.replace("/", "-")
+    owner = hashlib.sha256(storage.url.encode()).hexdigest()[:_OWNER_DIGITS]
+    root = default_cache() if cache is None else Path(cache)
+    home = root / owner / manifest.dataset.replace("/", "-")
     folder = home / f"{manifest.content[:_DIGITS]}-{column}"
     done = folder / "done.json"
     if done.exists():
+        with suppress(OSError):  # of a copy that is not ours to mark: another user's, or on a read-only disk
+            os.utime(done)
         return folder
     try:
         home.mkdir(parents=True, exist_ok=True)
@@ -83,6 +106,7 @@ def _replicate(storage: Storage, manifest: Manifest, column: str, cache: str | N
             if not done.exists():
                 for old in home.glob(f"{'?' * _DIGITS}-{column}"):
                     shutil.rmtree(old, ignore_errors=True)
+                _remove_unused(root)
                 try:
                     _copy(storage, manifest, column, folder, kind)
                 except BaseException:
@@ -94,6 +118,15 @@ def _replicate(storage: Storage, manifest: Manifest, column: str, cache: str | N
             f"cannot keep a local copy of {manifest.dataset} in {home}: {error}; make room there or set resources.cache"
         ) from error
     return folder
+
+
+def _remove_unused(root: Path) -> None:
+    """Remove the copies, of any run, that were last used long ago; who still has one open keeps reading it."""
+    for folder in root.glob(f"{'?' * _OWNER_DIGITS}/*/{'?' * _DIGITS}-*/"):
+        done = folder / "done.json"
+        with suppress(FileNotFoundError):  # another process removes it too
+            if (done if done.exists() else folder).stat().st_mtime < time.time() - _KEPT_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _copy(storage: Storage, manifest: Manifest, column: str, folder: Path, kind: str) -> None:

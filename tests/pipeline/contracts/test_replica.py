@@ -5,6 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import stat
+import tempfile
+import time
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -194,3 +197,59 @@ def test_padding_cuts_long_lists_and_fills_short_ones(lists: list[list[int]], wi
     rows: NDArray[np.int64] = np.arange(len(lists))[::-1]
     expected = [(lists[row] + [0] * width)[:width] for row in rows]
     assert padded(indptr, values, rows, width, np.uint32).tolist() == expected
+
+
+def age(path: Path, days: float) -> None:
+    """Make a file or folder look last touched so long ago."""
+    moment = time.time() - days * 24 * 3600
+    os.utime(path, (moment, moment))
+
+
+def test_copies_that_nobody_used_for_two_weeks_go_when_a_new_one_is_made(tmp_path: Path, cache: str) -> None:
+    runs = [Storage(str(tmp_path / name)) for name in ("unused", "used", "recent", "broken off")]
+    manifests, copies = [store(run) for run in runs], []
+    for run, manifest in zip(runs, manifests, strict=True):
+        map_values(run, manifest, "degree", cache)
+        copies += [folder for folder in folders(cache, "degree") if folder not in copies]
+    unused, used, recent, broken_off = copies
+    for folder, days in ((unused, 15), (used, 15), (recent, 13)):
+        age(folder / "done.json", days)
+    (broken_off / "done.json").unlink()
+    age(broken_off, 15)
+    map_values(runs[1], manifests[1], "degree", cache)
+    mine = Path(cache, "mine", "things", f"{'0' * 24}-degree")
+    mine.mkdir(parents=True)
+    age(mine, 15)
+    new = Storage(str(tmp_path / "new"))
+    map_values(new, store(new), "degree", cache)
+    assert [folder.exists() for folder in (*copies, mine)] == [False, True, True, False, True]
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty temporary folder for the whole process."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("mode", [None, 0o777])
+def test_the_default_cache_is_closed_to_other_users(storage: Storage, temporary: Path, mode: int | None) -> None:
+    if mode is not None:
+        (temporary / f"pinsage-{os.getuid()}").mkdir()
+        (temporary / f"pinsage-{os.getuid()}").chmod(mode)
+    map_values(storage, store(storage), "degree", None)
+    [folder] = temporary.iterdir()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_a_default_cache_that_another_user_made_is_refused(
+    storage: Storage, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uid = os.getuid() + 1
+    (temporary / f"pinsage-{uid}").mkdir()
+    monkeypatch.setattr(os, "getuid", lambda: uid)
+    with pytest.raises(StorageError, match=rf"pinsage-{uid} belongs to another user; set resources\.cache"):
+        map_values(storage, store(storage), "degree", None)
+    assert not list(temporary.glob("*/*"))
