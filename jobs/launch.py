@@ -8,12 +8,13 @@ from __future__ import annotations
 import logging
 import sys
 
-from model.distributed import die_with_parent
+from model.lifetime import die_with_parent, expect_children
 
 
 def main() -> None:
     """Tie this process to its parent, then be torchrun."""
     die_with_parent()
+    expect_children()
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     from torch.distributed.run import main as torchrun
 

@@ -19,11 +19,12 @@ import typer
 from pyspark.sql import SparkSession
 from rich.console import Console
 
+from model.lifetime import PARENT
 from model.trainer import lineage as training_lineage
 from pipeline import ingest
 from pipeline.contracts import schemas
 from pipeline.contracts.config import Settings, dump_settings, load_settings
-from pipeline.contracts.datasets import Lineage, begin, is_up_to_date, trace
+from pipeline.contracts.datasets import RECEIPTS, Lineage, begin, find_manifest, is_up_to_date, trace
 from pipeline.contracts.errors import PipelineError, ResourceError
 from pipeline.contracts.schemas import Stage
 from pipeline.contracts.storage import Storage
@@ -95,15 +96,14 @@ def run_stages(stages: Sequence[Stage], settings: Settings, force: bool = False)
         for stage in stages:
             lineage = lineage_of(storage, stage, settings)
             if force:
-                for dataset in stage.writes:
-                    begin(storage, dataset)
+                _forget(storage, stage)
             elif is_up_to_date(storage, stage, lineage):
                 console.print(f"{stage.name}: up to date")
                 continue
             started = time.monotonic()
             console.print(f"[bold]{stage.name}[/]: {stage.meaning}")
             if stage is schemas.TRAIN:
-                _train(settings)
+                _train(settings, force)
             else:
                 _runner(stage)(spark(), storage, settings, lineage)
             ran.append(stage.name)
@@ -114,9 +114,15 @@ def run_stages(stages: Sequence[Stage], settings: Settings, force: bool = False)
 
 
 def lineage_of(storage: Storage, stage: Stage, settings: Settings) -> Lineage:
-    """What the stage's outputs depend on now."""
+    """What the stage's outputs depend on now.
+
+    A model that is there counts as made by as many ranks as it was: the user's own torchrun may have started others
+    than resources.training.ranks says.
+    """
     if stage is schemas.TRAIN:
-        return training_lineage(storage, settings, settings.resources.training.ranks)
+        model = find_manifest(storage, schemas.MODEL)
+        ranks = settings.resources.training.ranks
+        return training_lineage(storage, settings, ranks if model is None else int(model.lineage.inputs["world_size"]))
     return trace(storage, stage, settings, ingest.inputs(settings.task.data) if stage is schemas.INGEST else None)
 
 
@@ -129,7 +135,20 @@ def _runner(stage: Stage) -> Callable[[SparkSession, Storage, Settings, Lineage]
     return run
 
 
-def _train(settings: Settings) -> None:
+_SCRATCH = {schemas.INGEST.name: "ingest", schemas.INFERENCE.name: schemas.LAYERS.name}
+"""Folders of the run in which a stage keeps what only it reads."""
+
+
+def _forget(storage: Storage, stage: Stage) -> None:
+    """Leave nothing of the stage's former attempts to go on from."""
+    for dataset in stage.writes:
+        begin(storage, dataset)
+        storage.delete(f"{dataset.name}/{RECEIPTS}")
+    if stage.name in _SCRATCH:
+        storage.delete(_SCRATCH[stage.name])
+
+
+def _train(settings: Settings, force: bool) -> None:
     """Train in processes of their own, as a cluster would: torchrun starts the ranks on this host."""
     training = settings.resources.training
     meeting = ["--standalone"]
@@ -145,8 +164,9 @@ def _train(settings: Settings) -> None:
         "--module",
         "jobs.train",
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(training.threads)}
-    finished = subprocess.run([*command, "--settings", resolved], env=environment, check=False)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(training.threads), PARENT: str(os.getpid())}
+    arguments = ["--settings", resolved, *(["--force"] if force else [])]
+    finished = subprocess.run([*command, *arguments], env=environment, check=False)
     if finished.returncode:
         raise ResourceError(f"training ended with exit code {finished.returncode}; its message is above")
 

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 
+from model.lifetime import die_with_parent
 from pipeline.contracts import schemas
 from pipeline.contracts.config import load_settings
 from pipeline.contracts.datasets import is_up_to_date
@@ -20,6 +21,9 @@ from pipeline.contracts.storage import Storage
 
 # OpenMP reads this when torch is imported: threads that spin while they wait made steps 8 times longer on a busy host.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Before torch's slow import too, so that no rank outlives a launcher that is killed meanwhile.
+if "TORCHELASTIC_RUN_ID" in os.environ:
+    die_with_parent()
 
 from model import checkpoint, distributed, trainer
 

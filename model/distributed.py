@@ -7,10 +7,7 @@ torchrun ends the others.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,8 +19,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.contracts.config import TrainingResources
 from pipeline.contracts.errors import ResourceError
-
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -70,12 +65,10 @@ def world() -> tuple[int, int]:
 def start(resources: TrainingResources) -> Iterator[Group]:
     """Join the group that torchrun made, or be alone; leave it at the end.
 
-    Sets the threads of this process. Under torchrun the process ends with its launcher. Raises ResourceError if the
+    Sets the threads of this process. Raises ResourceError if the
     device is not there.
     """
     rank, world_size = world()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_parent()
     device = _choose_device(resources.device)
     torch.set_num_threads(resources.threads)
     torch.use_deterministic_algorithms(device.type == "cpu")
@@ -112,17 +105,3 @@ def _choose_device(wanted: str) -> torch.device:
     device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     return device
-
-
-def die_with_parent(parent: int | None = None) -> None:
-    """Have the kernel kill this process when its parent ends, so that a killed launcher leaves no trainer writing.
-
-    parent is the process id to expect, where the caller knows it: if it ended before this call, this process ends too.
-    Linux only; elsewhere nothing happens.
-    """
-    if sys.platform != "linux":
-        return
-    before = os.getppid() if parent is None else parent
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != before:
-        os.kill(os.getpid(), signal.SIGKILL)

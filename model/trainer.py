@@ -57,7 +57,7 @@ def train(storage: Storage, settings: Settings, lineage: Lineage, group: Group) 
     trainer = Trainer(settings, loader, group)
     saved = group.from_first(checkpoint.read(storage) if group.is_first else None)
     trainer.load(checkpoint.decode(saved, lineage.fingerprint))
-    every = settings.task.training.checkpoint_every_steps
+    every = settings.resources.training.checkpoint_every_steps
     start, epochs = trainer.done.position, settings.task.training.epochs
     with _Display(settings.task.training, loader, start, shown=group.is_first) as display:
         for position, batch in loader.batches(start, epochs, group.device):

@@ -77,6 +77,7 @@ def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Line
         **survey,
         "index": json.loads(datasets.read_file(storage, manifests["index"], "recall.json")),
         "training": json.loads(datasets.read_file(storage, manifests["model"], history)) if history else None,
+        "data": manifests["interactions"].metadata,
         "settings": lineage.settings,
         "lineage": {"fingerprint": lineage.fingerprint, "inputs": lineage.inputs, "code": datasets.code_version()},
     }
@@ -150,7 +151,7 @@ class Events:
 def item_to_item(events: Events, chosen: Ints | None = None) -> tuple[dict[str, int], Questions, Ints]:
     """Counts, one question per askable test event (the chosen ones of them, ascending), and their users."""
     rows, starts, new = np.arange(len(events.user)), events.starts(), events.is_new()
-    test, later = events.split == 2, rows > starts
+    test, later = events.split == schemas.TEST_SPLIT, rows > starts
     asked = np.flatnonzero(test & later & new)
     counts = {
         "test_events": int(test.sum()),
@@ -177,9 +178,9 @@ def user_to_item(
 
     half_life is in the unit of the timestamps; recency counts from the user's last training event.
     """
-    events = events.ordered(np.lexsort((np.arange(len(events.user)), events.split == 2, events.user)))
+    events = events.ordered(np.lexsort((np.arange(len(events.user)), events.split == schemas.TEST_SPLIT, events.user)))
     users, owner = np.unique(events.user, return_inverse=True)
-    train, test, new = events.split == 0, events.split == 2, events.is_new()
+    train, test, new = events.split == schemas.TRAIN_SPLIT, events.split == schemas.TEST_SPLIT, events.is_new()
     kinds = (test, train, test & new)
     has_test, has_history, has_target = (np.bincount(owner[rows], minlength=len(users)) > 0 for rows in kinds)
     asked = np.flatnonzero(has_history & has_target)

@@ -21,8 +21,6 @@ from pipeline.contracts.sharding import count_shards, shard_bounds
 from pipeline.contracts.storage import Storage
 from pipeline.spark import progress, read_dataset, write_shards
 
-TRAIN = 0
-
 
 def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Lineage) -> None:
     """Build both directions of the graph from the training interactions."""
@@ -60,7 +58,7 @@ def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Line
 
 def distinct_edges(events: DataFrame) -> DataFrame:
     """One row per user and item of the training period: summed weight, latest timestamp."""
-    training = events.where((F.col("split") == TRAIN) & (F.col("weight") > 0))
+    training = events.where((F.col("split") == schemas.TRAIN_SPLIT) & (F.col("weight") > 0))
     return training.groupBy("user_id", "item_id").agg(
         F.sum(F.col("weight").cast("double")).cast("float").alias("weight"), F.max("timestamp").alias("timestamp")
     )

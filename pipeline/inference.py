@@ -11,7 +11,6 @@ The network comes in as plain array functions (`model.export`), so that nothing 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,17 +29,15 @@ from pipeline.contracts.datasets import (
     begin,
     commit,
     find_manifest,
-    finished_shard,
     open_manifest,
     read_rows,
     vectors_to_arrow,
-    write_shard,
 )
 from pipeline.contracts.errors import DataError
 from pipeline.contracts.replica import map_vectors, padded
 from pipeline.contracts.sharding import count_shards, shard_bounds
 from pipeline.contracts.storage import Storage
-from pipeline.spark import Task, run_tasks
+from pipeline.spark import make_shards
 
 Array = NDArray[Any]
 
@@ -155,18 +152,12 @@ class _Steps:
         return name
 
     def _shards(self, dataset: schemas.Dataset | str, make: Callable[[int, int], pa.Table], label: str) -> list[Shard]:
-        storage, lineage, num_items, num_shards = self.storage, self.lineage, self.num_items, self.num_shards
+        num_items, num_shards = self.num_items, self.num_shards
 
-        def work(task: Task) -> Task:
-            number = task["shard"]
-            shard = finished_shard(storage, dataset, number, lineage)
-            if shard is None:
-                rows = make(*shard_bounds(num_items, num_shards, number))
-                shard = write_shard(storage, dataset, number, rows, lineage)
-            return asdict(shard)
+        def rows(shard: int) -> pa.Table:
+            return make(*shard_bounds(num_items, num_shards, shard))
 
-        tasks = [{"shard": number} for number in range(num_shards)]
-        return [Shard(**result) for result in run_tasks(self.spark, tasks, work, label)]
+        return make_shards(self.spark, self.storage, dataset, self.lineage, num_shards, rows, label)
 
     def _loader(self, hidden: str | None) -> Callable[[int, int], Array]:
         """How a task reads its items' vectors: the previous layer's, or the standardised features."""

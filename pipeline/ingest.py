@@ -7,8 +7,10 @@ to events and shuffles them to their shards. Memory: one file chunk or one shard
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -29,18 +31,22 @@ from pipeline.contracts.datasets import (
     finished_shard,
     open_manifest,
     read_shard,
-    read_table,
+    shard_name,
+    write_file,
     write_shard,
 )
 from pipeline.contracts.errors import DataError
 from pipeline.contracts.sharding import MAX_IDS, count_shards
 from pipeline.contracts.storage import Storage, describe_inputs
-from pipeline.spark import Task, progress, read_dataset, run_tasks, write_shards
+from pipeline.spark import Task, progress, read_dataset, run_tasks, say, write_shards
 
-TRAIN, VALIDATION, TEST = 0, 1, 2
+TRAIN, VALIDATION, TEST = schemas.TRAIN_SPLIT, schemas.VALIDATION_SPLIT, schemas.TEST_SPLIT
 EVENTS, EVENTS_BAD = "ingest/events", "ingest/events-quarantine"
 CATALOGUE, CATALOGUE_BAD = "ingest/catalogue", "ingest/catalogue-quarantine"
 _BUCKETS = 1 << 16
+_SHOWN_REPEATED = 10_000
+_COUNTED_REASONS = 10_000
+"""Reasons may name keys: their summary stops growing here."""
 _BROADCAST_ROWS = 1_000_000
 """Keys up to this many go to every task whole, about 50 MB, instead of sorting all events by key."""
 
@@ -68,8 +74,6 @@ def inputs(data: Data) -> dict[str, str]:
 def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Lineage) -> None:
     """Read, clean, number, split and store everything that later stages need of the user's files."""
     data, rows_per_shard = settings.task.data, settings.resources.rows_per_shard
-    for dataset in schemas.INGEST.writes:
-        begin(storage, dataset)
     events_plan = sources.plan_interactions(data.interactions, settings.resources.events_per_shard)
     items_plan = [] if data.items is None else sources.plan_items(data.items, rows_per_shard)
 
@@ -77,12 +81,20 @@ def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Line
         spark, storage, lineage, events_plan, EVENTS, EVENTS_BAD, data, "ingest: read interactions"
     )
     catalogue, _ = _clean(spark, storage, lineage, items_plan, CATALOGUE, CATALOGUE_BAD, data, "ingest: read items")
-    repeated = _repeated_items(spark, storage, catalogue, items_plan)
+    num_repeated, repeated = _repeated_items(spark, storage, catalogue, items_plan)
     quarantine = _store_quarantine(storage, lineage, repeated)
-    num_good = events.num_rows + catalogue.num_rows - repeated.num_rows
-    _check_share(storage, quarantine, events_plan + items_plan, num_good, data)
+    bad_events, bad_items = (open_manifest(storage, name).num_rows for name in (EVENTS_BAD, CATALOGUE_BAD))
+    bad_items += num_repeated
+    for kind, plan, num_bad, total in (
+        ("interactions", events_plan, bad_events, events.num_rows + dropped + bad_events),
+        ("items", items_plan, bad_items, catalogue.num_rows + bad_items - num_repeated),
+    ):
+        _check_share(storage, quarantine, kind, plan, num_bad, total, data.max_quarantined_share)
     if not events.num_rows:
         raise DataError(f"{', '.join(data.interactions.paths)}: no interaction is left to learn from")
+    for dataset in schemas.INGEST.writes:
+        if dataset is not schemas.QUARANTINE:
+            begin(storage, dataset)
 
     rows = read_dataset(spark, storage, events, events.metadata["columns"])
     listed = (
@@ -115,7 +127,8 @@ def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Line
     if not counts.get(TRAIN):
         raise DataError(f"the split leaves no training interaction: {split_report}; make task.split.test smaller")
     report = {
-        "read": events.num_rows + dropped, "weightless": dropped, **unknown, **split_report,
+        "read": events.num_rows + dropped + bad_events, "bad": bad_events, "bad_items": bad_items,
+        "weightless": dropped, **unknown, **split_report,
         "train": counts.get(TRAIN, 0), "validation": counts.get(VALIDATION, 0), "test": counts.get(TEST, 0),
     }  # fmt: skip
     for dataset, side, other, numbers, titles in (
@@ -126,6 +139,7 @@ def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Line
         commit(storage, dataset, stored, lineage, {"new": numbers.count - numbers.earlier})
     _store_content(spark, storage, lineage, catalogue if items_plan else None, items, rows_per_shard)
     commit(storage, schemas.INTERACTIONS, shards, lineage, report)
+    say(summary(report, users.count, items.count))
     for cached in (known, split):
         cached.unpersist()
     for numbers in (users, items):
@@ -144,9 +158,10 @@ def _clean(
 
     def work(task: Task) -> Task:
         number = task["number"]
-        good, bad = (finished_shard(storage, name, number, lineage) for name in (good_name, bad_name))
-        weightless = 0
-        if good is None or bad is None:
+        names = (good_name, bad_name, f"{good_name}-weightless")
+        good, bad, counted = (finished_shard(storage, name, number, lineage) for name in names)
+        if good is None or bad is None or counted is None:
+            weightless = 0
             if good_name == EVENTS:
                 rows, rejected, weightless = sources.read_interactions(task, data.interactions)
             else:
@@ -154,6 +169,8 @@ def _clean(
                 rows, rejected = sources.read_items(task, data.items)
             good = write_shard(storage, good_name, number, rows, lineage)
             bad = write_shard(storage, bad_name, number, rejected, lineage)
+            counted = write_file(storage, names[2], shard_name(number), str(weightless).encode(), lineage)
+        weightless = int(storage.read_bytes(f"{names[2]}/{counted.name}"))
         return {"good": asdict(good), "bad": asdict(bad), "weightless": weightless}
 
     results = run_tasks(spark, [{**task, "number": number} for number, task in enumerate(plan)], work, label)
@@ -164,23 +181,27 @@ def _clean(
     return commit(storage, good_name, good_shards, lineage, {"columns": columns}), weightless
 
 
-def _repeated_items(spark: SparkSession, storage: Storage, catalogue: Manifest, plan: Sequence[Task]) -> pa.Table:
-    """Quarantine rows for every catalogue row whose key an earlier row has."""
+def _repeated_items(
+    spark: SparkSession, storage: Storage, catalogue: Manifest, plan: Sequence[Task]
+) -> tuple[int, pa.Table]:
+    """How many catalogue rows have the key of an earlier row, and quarantine rows for the first of them."""
     if not catalogue.num_rows:
-        return schemas.QUARANTINE.arrow.empty_table()
+        return 0, schemas.QUARANTINE.arrow.empty_table()
     rows = read_dataset(spark, storage, catalogue, ["item_key", "position"])
     order = Window.partitionBy("item_key").orderBy("position")
     ranked = rows.withColumn("place", F.row_number().over(order)).withColumn("first", F.first("position").over(order))
+    later = ranked.where("place > 1").persist()
     with progress("ingest: find repeated items", 1, spark):
-        repeated = ranked.where("place > 1").orderBy("position").limit(100_000).collect()
-    urls = {task["position"] // sources.FILE_STRIDE: task["url"] for task in plan}
+        count = later.count()
+    urls = {sources.file_of(task["position"]): task["url"] for task in plan}
     found = []
-    for row in repeated:
-        key, (first_file, first_row) = row["item_key"], divmod(row["first"], sources.FILE_STRIDE)
-        file, number = divmod(row["position"], sources.FILE_STRIDE)
-        reason = f"item key {key!r} is already in row {first_row} of {urls[first_file]}; keys must be unique"
-        found.append({"source": urls[file], "row": number, "reason": reason, "values": key})
-    return pa.Table.from_pylist(found, schema=schemas.QUARANTINE.arrow)
+    for row in later.orderBy("position").limit(_SHOWN_REPEATED).collect() if count else ():
+        key, first = row["item_key"], f"row {sources.row_of(row['first'])} of {urls[sources.file_of(row['first'])]}"
+        reason = f"item key {key!r} is already in {first}; keys must be unique"
+        source, number = urls[sources.file_of(row["position"])], sources.row_of(row["position"])
+        found.append({"source": source, "row": number, "reason": reason, "values": key})
+    later.unpersist()
+    return count, pa.Table.from_pylist(found, schema=schemas.QUARANTINE.arrow)
 
 
 def _first_of_each_key(catalogue: DataFrame) -> DataFrame:
@@ -188,36 +209,65 @@ def _first_of_each_key(catalogue: DataFrame) -> DataFrame:
     return catalogue.withColumn("place", F.row_number().over(order)).where("place = 1").drop("place")
 
 
-def _store_quarantine(storage: Storage, lineage: Lineage, repeated: pa.Table) -> pa.Table:
-    """Commit all bad rows as one dataset and return them without their values."""
-    tables = [repeated]
-    for name in (EVENTS_BAD, CATALOGUE_BAD):
-        manifest = open_manifest(storage, name)
-        if manifest.num_rows:
-            tables.append(read_table(storage, manifest))
-    bad = pa.concat_tables(tables).sort_by([("source", "ascending"), ("row", "ascending"), ("reason", "ascending")])
-    reasons = (
-        bad.group_by("reason")
-        .aggregate([("row", "count")])
-        .sort_by([("row_count", "descending"), ("reason", "ascending")])
+def _store_quarantine(storage: Storage, lineage: Lineage, repeated: pa.Table) -> Manifest:
+    """Commit all bad rows as one dataset, a shard per piece that has any, with the commonest reasons."""
+    begin(storage, schemas.QUARANTINE)
+    reasons: Counter[str] = Counter()
+    shards: list[Shard] = []
+    for table in chain(_bad_rows(storage, EVENTS_BAD), _bad_rows(storage, CATALOGUE_BAD), [repeated]):
+        if table.num_rows or (table is repeated and not shards):
+            if len(reasons) < _COUNTED_REASONS:
+                reasons.update(table.column("reason").to_pylist())
+            shards.append(write_shard(storage, schemas.QUARANTINE, len(shards), table, lineage))
+    commonest = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))[:20]
+    metadata = {"reasons": [{"reason": reason, "rows": rows} for reason, rows in commonest]}
+    return commit(storage, schemas.QUARANTINE, shards, lineage, metadata)
+
+
+def _bad_rows(storage: Storage, name: str) -> Iterator[pa.Table]:
+    manifest = open_manifest(storage, name)
+    return (read_shard(storage, manifest, number) for number, shard in enumerate(manifest.shards) if shard.rows)
+
+
+def _check_share(
+    storage: Storage, quarantine: Manifest, kind: str, plan: Sequence[Task], num_bad: int, total: int, most: float
+) -> None:
+    """Raise DataError if more than the share of one kind of input is bad, or if there are no interactions at all."""
+    urls = {task["url"] for task in plan}
+    if not total and kind == "interactions":
+        raise DataError(f"{', '.join(sorted(urls))}: no rows; give files that hold interactions")
+    if num_bad <= most * total:
+        return
+    lines: list[str] = []
+    for number in range(len(quarantine.shards)):
+        rows = read_shard(storage, quarantine, number, ["source", "row", "reason"]).slice(0, 1000).to_pylist()
+        lines += [f"  {row['source']} row {row['row']}: {row['reason']}" for row in rows if row["source"] in urls]
+        if len(lines) >= 5:
+            break
+    raise DataError(
+        f"{num_bad:,} of {total:,} rows of {kind} are bad, more than task.data.max_quarantined_share ({most:.2%}) "
+        "allows; the first:\n" + "\n".join(lines[:5]) + "\n"
+        f"  all of them, with reasons: {storage.locate(schemas.QUARANTINE.name)}; mend the files or raise the share"
     )
-    shard = write_shard(storage, schemas.QUARANTINE, 0, bad, lineage)
-    commit(storage, schemas.QUARANTINE, [shard], lineage, {"reasons": reasons.slice(0, 20).to_pylist()})
-    return bad.drop_columns(["values"])
 
 
-def _check_share(storage: Storage, bad: pa.Table, plan: Sequence[Task], num_good: int, data: Data) -> None:
-    total = num_good + bad.num_rows
-    if not total:
-        raise DataError(f"{', '.join(task['url'] for task in plan)}: no rows; give files that hold interactions")
-    if bad.num_rows > data.max_quarantined_share * total:
-        first = bad.slice(0, 5).to_pylist()
-        lines = [f"  {row['source']} row {row['row']}: {row['reason']}" for row in first]
-        raise DataError(
-            f"{bad.num_rows:,} of {total:,} rows are bad, more than task.data.max_quarantined_share "
-            f"({data.max_quarantined_share:.2%}) allows; the first:\n" + "\n".join(lines) + "\n"
-            f"  all of them, with reasons: {storage.locate(schemas.QUARANTINE.name)}; mend the files or raise the share"
+def summary(report: dict[str, Any], num_users: int, num_items: int) -> str:
+    """What became of the interactions, in one line for a person."""
+    found = (
+        f"ingest: {report['read']:,} interactions read: {report['train']:,} to train, {report['validation']:,} to "
+        f"validate, {report['test']:,} to test; {num_users:,} users, {num_items:,} items"
+    )
+    if report["bad"] or report["bad_items"]:
+        found += f"; set aside as bad: {report['bad']:,} interactions, {report['bad_items']:,} items (see quarantine)"
+    if report["weightless"]:
+        found += f"; {report['weightless']:,} weigh nothing"
+    if report["events_of_unknown_items"]:
+        some = ", ".join(map(repr, report["unknown_item_examples"][:3]))
+        found += (
+            f"; {report['events_of_unknown_items']:,} interactions are of {report['unknown_items']:,} items that the "
+            f"catalogue lacks, such as {some}"
         )
+    return found
 
 
 def _known_events(events: DataFrame, catalogue: DataFrame | None, data: Data) -> tuple[DataFrame, dict[str, Any]]:

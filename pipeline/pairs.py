@@ -7,8 +7,6 @@ is shuffled, as interactions are stored in the users' order.
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,24 +15,13 @@ from pyspark.sql import SparkSession
 
 from pipeline.contracts import schemas
 from pipeline.contracts.config import Pairs, Settings
-from pipeline.contracts.datasets import (
-    Lineage,
-    Shard,
-    begin,
-    commit,
-    finished_shard,
-    lists_to_arrow,
-    open_manifest,
-    read_shard,
-    write_shard,
-)
+from pipeline.contracts.datasets import Lineage, begin, commit, lists_to_arrow, open_manifest, read_shard
 from pipeline.contracts.errors import DataError
-from pipeline.contracts.sharding import count_shards, shard_bounds
+from pipeline.contracts.sharding import count_shards, shard_bounds, stage_seed
 from pipeline.contracts.storage import Storage
-from pipeline.spark import Task, run_tasks
+from pipeline.spark import make_shards
 from pipeline.walk_kernel import BipartiteGraph, visit_counts, walks_per_hop
 
-TRAIN = 0
 _BLOCK = 1024
 """Items walked at once when ranking for hard negatives: bounds memory to this many rows of ranks."""
 
@@ -46,18 +33,12 @@ def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Line
     pairs_settings = settings.task.pairs
     interactions = open_manifest(storage, schemas.INTERACTIONS)
 
-    def pair(task: Task) -> Task:
-        number = task["shard"]
-        shard = finished_shard(storage, schemas.PAIRS, number, lineage)
-        if shard is None:
-            rows = consecutive_pairs(
-                read_shard(storage, interactions, number), pairs_settings.window, pairs_settings.max_gap_seconds
-            )
-            shard = write_shard(storage, schemas.PAIRS, number, rows, lineage)
-        return asdict(shard)
+    def pair(shard: int) -> pa.Table:
+        rows = read_shard(storage, interactions, shard)
+        return consecutive_pairs(rows, pairs_settings.window, pairs_settings.max_gap_seconds)
 
-    tasks = [{"shard": number} for number in range(len(interactions.shards))]
-    shards = [Shard(**result) for result in run_tasks(spark, tasks, pair, "pairs: training pairs")]
+    num_shards = len(interactions.shards)
+    shards = make_shards(spark, storage, schemas.PAIRS, lineage, num_shards, pair, "pairs: training pairs")
     num_pairs = sum(shard.rows for shard in shards)
     if not num_pairs:
         raise DataError(
@@ -73,7 +54,7 @@ def consecutive_pairs(interactions: pa.Table, window: int, max_gap_seconds: int)
 
     interactions must hold whole users in their order of events. max_gap_seconds 0 means no limit.
     """
-    training = interactions.filter(pc.equal(interactions.column("split"), TRAIN))
+    training = interactions.filter(pc.equal(interactions.column("split"), schemas.TRAIN_SPLIT))
     users, items, times = (training.column(name).to_numpy() for name in ("user_id", "item_id", "timestamp"))
     queries, positives, moments = [], [], []
     for distance in range(1, window + 1):
@@ -125,24 +106,19 @@ def hard_negatives(
 
 def _store_hard_negatives(spark: SparkSession, storage: Storage, settings: Settings, lineage: Lineage) -> None:
     num_items = open_manifest(storage, schemas.ITEM_USERS).num_rows
-    cache, seed = settings.resources.cache, settings.task.seed
+    # A stream of their own: with the walks stage's seed the first walks would be those that made the neighbours.
+    cache, seed = settings.resources.cache, stage_seed(settings.task.seed, schemas.PAIRS_STAGE.name)
     walks, pairs = settings.task.walks, settings.task.pairs
     num_shards = count_shards(num_items, settings.resources.rows_per_shard)
     ranks = rank_range(pairs, walks.num_neighbours, num_items)
     count = pairs.num_hard_negatives
     per_hop = walks_per_hop(pairs.num_walks if count else 0, walks.max_hops, walks.restart_probability)
 
-    def work(task: Task) -> Task:
-        number = task["shard"]
-        shard = finished_shard(storage, schemas.HARD_NEGATIVES, number, lineage)
-        if shard is None:
-            graph = BipartiteGraph.open(storage, cache)
-            bounds = shard_bounds(num_items, num_shards, number)
-            rows = hard_negatives(graph, *bounds, ranks, per_hop, count, seed, walks.weighted)
-            shard = write_shard(storage, schemas.HARD_NEGATIVES, number, rows, lineage)
-        return asdict(shard)
+    def make(shard: int) -> pa.Table:
+        graph = BipartiteGraph.open(storage, cache)
+        bounds = shard_bounds(num_items, num_shards, shard)
+        return hard_negatives(graph, *bounds, ranks, per_hop, count, seed, walks.weighted)
 
-    tasks = [{"shard": number} for number in range(num_shards)]
-    shards = [Shard(**result) for result in run_tasks(spark, tasks, work, "pairs: hard negatives")]
+    shards = make_shards(spark, storage, schemas.HARD_NEGATIVES, lineage, num_shards, make, "pairs: hard negatives")
     metadata = {"first_rank": ranks[0] + 1, "last_rank": ranks[1], "negatives_per_item": count}
     commit(storage, schemas.HARD_NEGATIVES, shards, lineage, metadata)

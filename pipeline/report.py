@@ -235,7 +235,9 @@ def _provenance(metrics: Metrics) -> str:
     lineage = metrics["lineage"]
     inputs = {name: content[:16] for name, content in sorted(lineage["inputs"].items())}
     settings = _flatten(metrics["settings"])
+    data = _facts({name.replace("_", " "): value for name, value in metrics.get("data", {}).items()})
     return (
+        f"<details><summary>What became of the interactions</summary>{data}</details>"
         f"<details><summary>Inputs, by content</summary>{_facts({'code': lineage['code'], **inputs})}</details>"
         f"<details><summary>Settings of this evaluation</summary>{_facts(settings)}</details>"
         f'<p class="note">Fingerprint <code>{escape(lineage["fingerprint"])}</code></p>'

@@ -42,7 +42,7 @@ from rich.progress import (
 
 from pipeline.contracts import errors
 from pipeline.contracts.config import SparkResources
-from pipeline.contracts.datasets import Lineage, Manifest, Shard, read_shard, write_shard
+from pipeline.contracts.datasets import Lineage, Manifest, Shard, finished_shard, read_shard, write_shard
 from pipeline.contracts.errors import PipelineError, ResourceError
 from pipeline.contracts.schemas import Dataset
 from pipeline.contracts.storage import Storage
@@ -143,6 +143,31 @@ def run_tasks(
     return [_opened(collected[number]) for number in range(len(rows))]
 
 
+def make_shards(
+    spark: SparkSession,
+    storage: Storage,
+    dataset: Dataset | str,
+    lineage: Lineage,
+    num_shards: int,
+    make: Callable[[int], pa.Table],
+    label: str,
+) -> list[Shard]:
+    """Store what make returns for every shard number, one task each, but those an interrupted attempt finished."""
+
+    def work(task: Task) -> Task:
+        number = task["shard"]
+        shard = finished_shard(storage, dataset, number, lineage)
+        return asdict(shard or write_shard(storage, dataset, number, make(number), lineage))
+
+    tasks = [{"shard": number} for number in range(num_shards)]
+    return [Shard(**result) for result in run_tasks(spark, tasks, work, label)]
+
+
+def say(text: str) -> None:
+    """One line to the person who watches."""
+    Console(stderr=True, highlight=False).print(text, soft_wrap=True, markup=False)
+
+
 def write_shards(
     rows: DataFrame,
     num_rows: int,
@@ -187,7 +212,8 @@ def frame(
     spark: SparkSession, tasks: Sequence[Mapping[str, Any]], read: Callable[[Task], pa.Table], schema: pa.Schema
 ) -> DataFrame:
     """A DataFrame of what read returns for every task; one Spark partition per task, read where it runs."""
-    rows = spark.createDataFrame([(json.dumps(task),) for task in tasks], "task string").repartition(len(tasks), "task")
+    texts = [(json.dumps(task),) for task in tasks]
+    rows = spark.createDataFrame(spark.sparkContext.parallelize(texts, len(texts)), "task string")
     wide = spark_schema(schema)
     narrow = pa.schema([pa.field(field.name, _signed(field.type)) for field in schema])
 

@@ -7,8 +7,6 @@ kernel's hash table.
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -16,19 +14,10 @@ from pyspark.sql import SparkSession
 
 from pipeline.contracts import schemas
 from pipeline.contracts.config import Settings, Walks
-from pipeline.contracts.datasets import (
-    Lineage,
-    Shard,
-    begin,
-    commit,
-    finished_shard,
-    lists_to_arrow,
-    open_manifest,
-    write_shard,
-)
+from pipeline.contracts.datasets import Lineage, begin, commit, lists_to_arrow, open_manifest
 from pipeline.contracts.sharding import count_shards, shard_bounds
 from pipeline.contracts.storage import Storage
-from pipeline.spark import Task, run_tasks
+from pipeline.spark import make_shards
 from pipeline.walk_kernel import BipartiteGraph, visit_counts, walks_per_hop
 
 
@@ -39,17 +28,11 @@ def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Line
     cache, walks, seed = settings.resources.cache, settings.task.walks, settings.task.seed
     num_shards = count_shards(num_items, settings.resources.rows_per_shard)
 
-    def work(task: Task) -> Task:
-        number = task["shard"]
-        shard = finished_shard(storage, schemas.NEIGHBOURS, number, lineage)
-        if shard is None:
-            graph = BipartiteGraph.open(storage, cache)
-            rows = neighbour_rows(graph, *shard_bounds(num_items, num_shards, number), walks, seed)
-            shard = write_shard(storage, schemas.NEIGHBOURS, number, rows, lineage)
-        return asdict(shard)
+    def make(shard: int) -> pa.Table:
+        graph = BipartiteGraph.open(storage, cache)
+        return neighbour_rows(graph, *shard_bounds(num_items, num_shards, shard), walks, seed)
 
-    tasks = [{"shard": number} for number in range(num_shards)]
-    shards = [Shard(**result) for result in run_tasks(spark, tasks, work, "walks: top neighbours")]
+    shards = make_shards(spark, storage, schemas.NEIGHBOURS, lineage, num_shards, make, "walks: top neighbours")
     commit(storage, schemas.NEIGHBOURS, shards, lineage, {"items": num_items, "num_neighbours": walks.num_neighbours})
 
 

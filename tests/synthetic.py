@@ -73,13 +73,13 @@ def shop_settings(folder: Path, run: Path, **task: Any) -> dict[str, Any]:
         "walks": {"num_neighbours": 10, "num_walks": 100},
         "pairs": {"num_hard_negatives": 5, "num_walks": 200},
         "model": {"hidden_dimensions": 16, "output_dimensions": 8},
-        "training": {"epochs": 2, "batch_size": 64, "checkpoint_every_steps": 5},
+        "training": {"epochs": 2, "batch_size": 64},
         "index": {"num_queries": 20},
         "evaluation": {"k": [5, 10], "bootstrap": 50, "examples": 2},
     }
     resources = {
         "run": str(run), "cache": str(run.parent / "cache"), "rows_per_shard": 30, "events_per_shard": 500,
         "spark": {"master": "local[2]", "driver_memory": "1g", "shuffle_partitions": 3},
-        "training": {"threads": 1},
+        "training": {"threads": 1, "checkpoint_every_steps": 5},
     }  # fmt: skip
     return {"task": {**small, **task}, "resources": resources}

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import difflib
 import os
+import posixpath
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -19,7 +19,8 @@ import fsspec
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.contracts.errors import SettingsError
+from pipeline.contracts.errors import SettingsError, StorageError
+from pipeline.contracts.storage import retry
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -205,7 +206,7 @@ class Pairs(Section):
     """Stored per query; the trainer draws from them. 0: none are computed."""
     hard_negative_ranks: tuple[PositiveInt, PositiveInt] | None = None
     """First and last PPR rank to draw hard negatives from (paper: 2000 to 5000 of 2 billion). None: scaled to the
-    catalogue: from num_neighbours to a tenth of the items, at most 5000."""
+    catalogue: from num_neighbours to a tenth of the items, but at least twice num_neighbours and at most 5000."""
     num_walks: PositiveInt = 5000
     """Walks per item when ranking for hard negatives: deep ranks need more walks than neighbourhoods do."""
 
@@ -255,9 +256,10 @@ class Training(Section):
     temperature: Annotated[float, Field(gt=0.0)] = 0.1
     """softmax: scores are divided by this; only sensible with normalise_output."""
     epochs: PositiveInt = 8
-    """Times that every pair is seen; the curriculum and the learning rate count in them."""
+    """Passes over the pairs, each in another order; the curriculum and the learning rate count in them."""
     batch_size: PositiveInt = 2048
-    """Pairs per step over all ranks (paper: 2048); shrunk to the number of pairs if there are fewer."""
+    """Pairs per step over all ranks (paper: 2048); shrunk to the number of pairs if there are fewer. The pairs at the
+    end of an epoch that do not fill a batch are left out of it."""
     optimizer: Literal["sgd", "adam"] = "adam"
     """Paper-exact: sgd."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 1e-3
@@ -268,8 +270,6 @@ class Training(Section):
     """Factor on the rate per epoch after the warm-up, applied step by step."""
     curriculum: tuple[CurriculumRow, ...] = PAPER_CURRICULUM
     """Which negatives from which epoch; the last row that has begun counts."""
-    checkpoint_every_steps: PositiveInt = 500
-    """A killed run loses at most this many steps."""
 
     @model_validator(mode="after")
     def _curriculum_is_in_order(self) -> Training:
@@ -341,6 +341,15 @@ class Task(Section):
     index: Index = Index()
     evaluation: Evaluation = Evaluation()
 
+    @model_validator(mode="after")
+    def _a_moment_needs_a_clock(self) -> Task:
+        if self.split.kind == "temporal" and self.data.interactions.timestamp_unit == "order":
+            raise ValueError(
+                "split.kind temporal cuts at one moment for everybody, and data.interactions.timestamp_unit order has "
+                "no common clock; set task.split: {kind: leave_last_out, validation: 1, test: 1}"
+            )
+        return self
+
 
 # -------------------------------------------------------------------------------------------------- resources
 
@@ -371,6 +380,8 @@ class TrainingResources(Section):
     """auto: cuda where torch sees one."""
     prefetch: PositiveInt = 4
     """Batches prepared ahead of the device."""
+    checkpoint_every_steps: PositiveInt = 500
+    """A killed run loses at most this many steps."""
     master_port: Count = 0
     """Port where the ranks meet; 0: any free one."""
 
@@ -379,7 +390,7 @@ class Resources(Section):
     """Where it is computed and how big the pieces are."""
 
     run: str
-    """Folder of this run: any fsspec URL. Relative paths start at the settings file."""
+    """Folder of this run: any fsspec URL; all below it is ours. Relative paths start at the settings file."""
     cache: str | None = None
     """Local folder for memory-mapped copies, shared by the processes of a host; None: one in the temporary folder."""
     rows_per_shard: PositiveInt = 100_000
@@ -390,6 +401,12 @@ class Resources(Section):
     """CPU threads of one Spark task's numeric work. Enters fingerprints, as float sums depend on it."""
     spark: SparkResources = SparkResources()
     training: TrainingResources = TrainingResources()
+
+    @model_validator(mode="after")
+    def _the_cache_is_a_folder(self) -> Resources:
+        if self.cache is not None and "://" in self.cache:
+            raise ValueError(f"cache {self.cache} is a URL; memory is mapped from a folder of the host: give its path")
+        return self
 
 
 class Settings(Section):
@@ -406,14 +423,17 @@ def load_settings(source: str, overrides: Sequence[str] = ()) -> Settings:
     """Read, override and check a settings file.
 
     source is a path or any fsspec URL of a YAML file. overrides are `dotted.key=value`, the value read as YAML.
-    Relative paths inside a local file start at that file. Raises SettingsError naming every wrong key at once.
+    Relative paths inside the file start at its folder. Raises SettingsError naming every wrong key at once.
     """
+    action = f"read the settings file {source}"
     try:
-        with fsspec.open(source, "r", encoding="utf-8") as file:
-            text = file.read()
-    except (OSError, ValueError) as error:
-        found = getattr(error, "strerror", None) or error
-        raise SettingsError(f"cannot read the settings file {source}: {found}; `pinsage init DATA` makes one") from None
+        text = retry(action, lambda: _read(source)).decode()
+    except FileNotFoundError:
+        raise SettingsError(f"cannot {action}: there is no such file; `pinsage init DATA` makes one") from None
+    except StorageError as error:
+        raise SettingsError(str(error)) from error
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{source} is not text ({error}); `pinsage init DATA` makes a settings file") from None
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -424,17 +444,19 @@ def load_settings(source: str, overrides: Sequence[str] = ()) -> Settings:
     for override in overrides:
         _apply_override(tree, override)
     local = source.removeprefix("file://")
-    base = Path(local).resolve().parent if "://" not in local else None
+    base = posixpath.dirname(source) if "://" in local else os.path.dirname(os.path.realpath(local))
     return parse_settings(tree, where=source, base=base)
 
 
-def parse_settings(tree: Mapping[str, Any], where: str = "settings", base: Path | None = None) -> Settings:
-    """Check a tree of plain values; base is the folder that relative paths start at (None: left as they are)."""
+def parse_settings(tree: Mapping[str, Any], where: str = "settings", base: str | None = None) -> Settings:
+    """Check a tree of plain values; base is the folder or URL that relative paths start at (None: left as they are)."""
     try:
         settings = Settings.model_validate(tree)
     except ValidationError as error:
         raise SettingsError(_explain(error, where)) from None
-    return settings if base is None else _resolve_paths(settings, base)
+    settings = settings if base is None else _resolve_paths(settings, where, base)
+    _check_places(settings, where)
+    return settings
 
 
 def dump_settings(settings: Settings) -> str:
@@ -478,6 +500,12 @@ def reference(model: type[BaseModel] = Settings, prefix: str = "") -> list[tuple
         if inner is not None:
             rows += reference(inner, f"{dotted}[].")
     return rows
+
+
+def _read(source: str) -> bytes:
+    with fsspec.open(source, "rb") as file:
+        data: bytes = file.read()
+    return data
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -569,12 +597,22 @@ def _plain(value: object) -> str:
     return text.removesuffix("...\n").strip()
 
 
-def _resolve_paths(settings: Settings, base: Path) -> Settings:
+def _resolve_paths(settings: Settings, where: str, base: str) -> Settings:
+    scheme, is_remote, folder = base.rpartition("://")
+
     def absolute(path: str) -> str:
-        return path if "://" in path or os.path.isabs(path) else os.path.normpath(base / path)
+        if "://" in path or os.path.isabs(path):
+            return path
+        return f"{scheme}{is_remote}{posixpath.normpath(posixpath.join(folder, path))}"
 
     tree = settings.model_dump()
     data, resources = tree["task"]["data"], tree["resources"]
+    cache = resources["cache"]
+    if cache is not None and is_remote and not os.path.isabs(cache):
+        raise SettingsError(
+            f"{where}: resources.cache is {cache}, relative to a file that is not on this machine; give the full path "
+            "of a folder that every host has, or leave it out"
+        )
     for source in (data["interactions"], data["items"]):
         if source is not None:
             source["paths"] = tuple(absolute(path) for path in source["paths"])
@@ -582,3 +620,32 @@ def _resolve_paths(settings: Settings, base: Path) -> Settings:
         if group[name] is not None:
             group[name] = absolute(group[name])
     return Settings.model_validate(tree)
+
+
+def _check_places(settings: Settings, where: str) -> None:
+    """Raise SettingsError if the run would write over what it reads, or read what it writes."""
+    data, run = settings.task.data, settings.resources.run
+    for name, source in (("interactions", data.interactions), ("items", data.items)):
+        for path in () if source is None else source.paths:
+            lies_in, holds = _is_within(path, run), _is_within(run, path)
+            if lies_in or holds:
+                raise SettingsError(
+                    f"{where}: task.data.{name}.paths has {path}, which {'lies in' if lies_in else 'holds'} "
+                    f"resources.run {run}; a run's folder is ours to write and sweep: keep your files and the run apart"
+                )
+    if data.previous is not None and _place(data.previous) == _place(run):
+        raise SettingsError(
+            f"{where}: task.data.previous and resources.run are both {run}; previous is an earlier run's folder, and "
+            "reading ids from the run that is being rebuilt would lose them: give tonight's run a folder of its own"
+        )
+
+
+def _is_within(path: str, folder: str) -> bool:
+    inner, outer = _place(path), _place(folder)
+    return inner == outer or inner.startswith(outer.rstrip("/") + "/")
+
+
+def _place(url: str) -> str:
+    """One spelling of a path or URL, to compare: without `..`, links, or a slash at the end."""
+    scheme, remote, path = url.removeprefix("file://").rpartition("://")
+    return f"{scheme}://{posixpath.normpath(path)}" if remote else os.path.realpath(path)

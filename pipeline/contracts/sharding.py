@@ -40,6 +40,11 @@ def rank_bounds(global_batch: int, rank: int, world_size: int) -> tuple[int, int
     return rank * share, (rank + 1) * share
 
 
+def stage_seed(seed: int, stage: str) -> int:
+    """A seed of the stage's own, so that two stages that draw for the same item do not draw the same numbers."""
+    return int(np.random.SeedSequence([seed, *stage.encode()]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
 def shuffled(positions: NDArray[np.integer], size: int, seed: int) -> NDArray[np.int64]:
     """Where a seeded random permutation of [0, size) sends each position, without storing the permutation.
 

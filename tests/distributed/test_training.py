@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,8 +73,8 @@ def test_two_ranks_train_as_one_process_does(make_run: MakeRun) -> None:
 
 @pytest.mark.parametrize("command", [PLAIN, THREE_RANKS], ids=["one process", "three ranks"])
 def test_a_trainer_killed_at_a_random_moment_ends_with_the_same_bytes(make_run: MakeRun, command: list[str]) -> None:
-    training = {"epochs": 10, "checkpoint_every_steps": 2}
-    unbroken, broken = make_run(name="unbroken", training=training), make_run(name="broken", training=training)
+    changes: dict[str, Any] = {"training": {"epochs": 10}, "resources": {"checkpoint_every_steps": 2}}
+    unbroken, broken = make_run(name="unbroken", **changes), make_run(name="broken", **changes)
     finish(command, unbroken)
     process = start(command, broken)
     assert process.stdout is not None
@@ -132,7 +133,7 @@ def test_bad_settings_are_one_message_and_exit_code_one(make_run: MakeRun) -> No
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ties a process to its parent: it went unproved")
 def test_a_process_tied_to_its_parent_ends_with_it() -> None:
-    child = "from model.distributed import die_with_parent; die_with_parent(); print('tied', flush=True); input()"
+    child = "from model.lifetime import die_with_parent; die_with_parent(); print('tied', flush=True); input()"
     parent = (
         "import subprocess, sys; "
         f"process = subprocess.Popen([sys.executable, '-c', {child!r}]); print(process.pid, flush=True); process.wait()"

@@ -151,7 +151,7 @@ def test_null_keys_fail_the_run_when_they_are_more_than_the_share(new_shop: Shop
     )
     outcome = new_shop.pinsage("ingest")
     assert_refused(
-        outcome, "100 of 1,513 rows are bad, more than task.data.max_quarantined_share (1.00%) allows",
+        outcome, "100 of 1,440 rows of interactions are bad, more than task.data.max_quarantined_share (1.00%) allows",
         "interactions.parquet row 7: user key is null", "mend the files or raise the share",
         f"all of them, with reasons: {new_shop.run}/quarantine",
     )  # fmt: skip
@@ -165,7 +165,7 @@ def test_duplicate_item_keys_fail_the_run_when_they_are_more_than_the_share(new_
         new_shop.folder / "items.parquet", lambda t: t.update({name: [*rows, *rows[:20]] for name, rows in t.items()})
     )
     assert_refused(
-        new_shop.pinsage("ingest"), "20 of 1,533 rows are bad",
+        new_shop.pinsage("ingest"), "20 of 93 rows of items are bad",
         "items.parquet row 73: item key 'g0-00' is already in row 0 of", "keys must be unique",
     )  # fmt: skip
     assert new_shop.made() == {"quarantine"}
@@ -182,7 +182,7 @@ def test_features_that_are_no_numbers_or_of_another_length_fail_the_run_by_row_a
     new_shop.configure(with_vectors)
     outcome = new_shop.pinsage("ingest", "--set", "task.data.max_quarantined_share=0.001")
     assert_refused(
-        outcome, "3 of 1,513 rows are bad",
+        outcome, "3 of 73 rows of items are bad",
         "items.parquet row 10: look of item 'g0-10' has 3 numbers, expected 2",
         "items.parquet row 11: look of item 'g0-11' holds NaN, infinity or null, expected 2 finite numbers",
         "items.parquet row 12: price of item 'g1-00' is inf, not a finite number",
@@ -208,6 +208,8 @@ def test_bad_rows_below_the_share_are_set_aside_with_their_reasons_and_unknown_i
     new_shop.configure(with_vectors)
     outcome = new_shop.pinsage("ingest", "--set", "task.data.max_quarantined_share=0.1")
     assert outcome.exit_code == 0, outcome.text
+    assert "set aside as bad: 2 interactions, 2 items" in outcome.text
+    assert "interactions are of 3 items that the catalogue lacks, such as 'g0-01'" in outcome.text
     storage = Storage(str(new_shop.run))
     found = read_table(storage, open_manifest(storage, schemas.QUARANTINE)).to_pylist()
     assert [

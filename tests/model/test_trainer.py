@@ -110,9 +110,9 @@ class InterruptError(Exception):
 def test_training_resumed_at_any_checkpoint_ends_with_the_same_bytes(
     make_run: MakeRun, optimizer: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    steps = {"checkpoint_every_steps": 3, "optimizer": optimizer}
-    expected = train(make_run(training=steps, name="unbroken"))
-    run = make_run(training=steps, name="broken")
+    changes: dict[str, Any] = {"training": {"optimizer": optimizer}, "resources": {"checkpoint_every_steps": 3}}
+    expected = train(make_run(**changes, name="unbroken"))
+    run = make_run(**changes, name="broken")
     save = checkpoint.save
     for survives in np.random.default_rng().integers(1, 4, 4):
         left = iter(range(int(survives) - 1))

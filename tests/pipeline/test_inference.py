@@ -18,6 +18,7 @@ from pipeline.contracts.datasets import (
     Lineage,
     arrow_to_vectors,
     commit,
+    find_manifest,
     finished_shard,
     lists_to_arrow,
     open_manifest,
@@ -129,4 +130,4 @@ def test_a_diverged_model_is_refused_by_item_and_nothing_is_published(spark: Spa
     settings = parse_settings(shop_settings(Path("data"), Path(storage.url)))
     with pytest.raises(DataError, match=r"item key 0 got an embedding with NaN.*learning_rate"):
         inference.run(spark, storage, settings, Lineage("inference", {}, {}), PlainNetwork(1, breaks_at=0))
-    assert not storage.exists("embeddings/_manifest.json")
+    assert find_manifest(storage, schemas.EMBEDDINGS) is None

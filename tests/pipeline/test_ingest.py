@@ -11,10 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import SparkSession
 
-from pipeline import ingest
+from pipeline import ingest, sources
 from pipeline.contracts import schemas
 from pipeline.contracts.config import Settings, parse_settings
 from pipeline.contracts.datasets import Manifest, open_manifest, read_table, trace
+from pipeline.contracts.errors import DataError
 from pipeline.contracts.storage import Storage
 from tests.synthetic import shop_settings, write_shop
 
@@ -126,3 +127,48 @@ def test_without_a_catalogue_items_are_those_of_the_interactions(
     ingested(spark, storage, parse_settings(tree))
     raw = pq.read_table(tmp_path / "data" / "interactions.parquet").column("product").to_pylist()
     assert keys_of(storage, schemas.ITEMS) == sorted(set(raw))
+
+
+def test_an_interrupted_ingest_says_the_same_of_events_that_weigh_nothing(
+    spark: SparkSession, storage: Storage, tmp_path: Path
+) -> None:
+    """Their number is kept with the pieces already read, so a restart builds the same manifests."""
+    tree = shop(tmp_path, storage)
+    path = tmp_path / "data" / "interactions.parquet"
+    table = pq.read_table(path)
+    kinds = ["view" if row % 5 == 0 else "buy" for row in range(len(table))]
+    pq.write_table(table.append_column("kind", pa.array(kinds)), path)
+    tree["task"]["data"]["interactions"] |= {"event": "kind", "event_weights": {"view": 0.0, "buy": 1.0}}
+    settings = parse_settings(tree)
+    whole = ingested(spark, storage, settings)
+    assert whole.metadata["weightless"] == kinds.count("view")
+    assert whole.metadata["read"] == len(table)
+
+    again = Storage(str(tmp_path / "again"))
+    lineage = trace(again, schemas.INGEST, settings, ingest.inputs(settings.task.data))
+    plan = sources.plan_interactions(settings.task.data.interactions, settings.resources.events_per_shard)
+    ingest._clean(spark, again, lineage, plan, ingest.EVENTS, ingest.EVENTS_BAD, settings.task.data, "first attempt")
+    again.delete(f"{ingest.EVENTS}/_manifest.json")
+    assert ingested(spark, again, settings).content == whole.content
+
+
+def test_a_bad_catalogue_is_not_hidden_behind_many_interactions(
+    spark: SparkSession, storage: Storage, tmp_path: Path
+) -> None:
+    tree = shop(tmp_path, storage)
+    path = tmp_path / "data" / "items.parquet"
+    items = pq.read_table(path).to_pydict()
+    items["price"][:3] = [float("inf")] * 3
+    pq.write_table(pa.table(items), path)
+    with pytest.raises(DataError, match=r"3 of 73 rows of items are bad(?s:.*)g0-00"):
+        ingested(spark, storage, parse_settings(tree))
+
+
+def test_a_bad_night_leaves_the_former_datasets_standing(spark: SparkSession, storage: Storage, tmp_path: Path) -> None:
+    tree = shop(tmp_path, storage)
+    before = ingested(spark, storage, parse_settings(tree))
+    path = tmp_path / "data" / "interactions.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["when"]), path)
+    with pytest.raises(DataError, match="when"):
+        ingested(spark, storage, parse_settings(tree))
+    assert open_manifest(storage, schemas.INTERACTIONS).content == before.content

@@ -94,6 +94,7 @@ def test_everything_wrong_is_said_at_once_and_where() -> None:
             "give either weight or event, not both",
         ),
         ({"data": {"interactions": {**INTERACTIONS, "paths": []}}}, "task.data.interactions.paths"),
+        ({"data": {"interactions": {**INTERACTIONS, "timestamp_unit": "order"}}}, "set task.split: {kind: leave_last_"),
     ],
 )
 def test_values_that_contradict_each_other_are_refused(task: dict[str, Any], expected: str) -> None:
@@ -136,10 +137,68 @@ def test_relative_paths_start_at_the_settings_file(tmp_path: Path, monkeypatch: 
     assert settings.task.data.previous == "s3://bucket/earlier"
 
 
-def test_settings_are_read_from_any_url() -> None:
-    with fsspec.open("memory://settings/shop.yaml", "w") as file:
-        file.write(yaml.safe_dump(tree()))
-    assert load_settings("memory://settings/shop.yaml").resources.run == "runs/a"
+def test_relative_paths_start_at_a_settings_file_anywhere() -> None:
+    content = tree()
+    content["task"]["data"]["previous"] = "../earlier"
+    content["resources"]["cache"] = "/scratch"
+    with fsspec.open("memory://bucket/settings/shop.yaml", "w") as file:
+        file.write(yaml.safe_dump(content))
+    settings = load_settings("memory://bucket/settings/shop.yaml")
+    assert settings.task.data.interactions.paths == ("memory://bucket/settings/events.parquet",)
+    assert settings.task.data.previous == "memory://bucket/earlier"
+    assert (settings.resources.run, settings.resources.cache) == ("memory://bucket/settings/runs/a", "/scratch")
+    with pytest.raises(SettingsError, match=r"shop.yaml: resources.cache is copies, relative to a file that is not on"):
+        load_settings("memory://bucket/settings/shop.yaml", ["resources.cache=copies"])
+
+
+def test_a_cache_is_a_folder_of_the_host() -> None:
+    content = tree()
+    content["resources"]["cache"] = "s3://bucket/cache"
+    assert "resources: cache s3://bucket/cache is a URL; memory is mapped from a folder" in message(content)
+
+
+def test_settings_behind_a_package_that_is_missing_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_package(*arguments: Any, **options: Any) -> None:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec, "open", no_package)
+    with pytest.raises(SettingsError, match=r"cannot read the settings file s3://b/p.yaml: Install s3fs"):
+        load_settings("s3://b/p.yaml")
+
+
+@pytest.mark.parametrize(
+    ("path", "run", "found"),
+    [
+        ("runs/a/interactions", "runs/a", "lies in"),
+        ("runs/a", "runs/a/", "lies in"),
+        ("runs/a/raw/*.csv", "runs/a", "lies in"),
+        ("runs", "runs/a", "holds"),
+        ("s3://b/runs/x/../a/e.csv", "s3://b/runs/a", "lies in"),
+        ("file:///data/runs/a/e.csv", "runs/a", "lies in"),
+    ],
+)
+def test_a_run_and_what_it_reads_are_kept_apart(path: str, run: str, found: str) -> None:
+    for source in ("interactions", "items"):
+        content = tree()
+        content["task"]["data"]["items"] = {"paths": "items.csv", "key": "k"}
+        content["task"]["data"][source] = {**content["task"]["data"][source], "paths": ["good.csv", path]}
+        content["resources"]["run"] = run
+        text = message(content, base="/data")
+        assert f"settings: task.data.{source}.paths has" in text
+        assert f", which {found} resources.run" in text
+
+
+@pytest.mark.parametrize("path", ["runs/a.parquet", "runs/ab/e.csv", "runs/*.csv", "s3://b/runs/a/e.csv"])
+def test_files_beside_the_run_are_read(path: str) -> None:
+    content = tree(data={"interactions": {**INTERACTIONS, "paths": path}})
+    assert parse_settings(content, base="/data").resources.run == "/data/runs/a"
+
+
+def test_an_earlier_run_is_another_run() -> None:
+    for previous in ("runs/a", "/data/runs/a/", "file:///data/runs/../runs/a"):
+        text = message(tree(data={"interactions": INTERACTIONS, "previous": previous}), base="/data")
+        assert "task.data.previous and resources.run are both /data/runs/a;" in text
+        assert "give tonight's run a folder of its own" in text
 
 
 def test_a_file_url_is_a_place_that_relative_paths_can_start_at(tmp_path: Path) -> None:
@@ -229,7 +288,8 @@ def test_dumped_settings_load_to_the_same_settings(
     ranks: tuple[int, int] | None,
     shards: int,
 ) -> None:
-    source = {**INTERACTIONS, "user": user, "paths": paths, "event": "kind", "event_weights": event_weights}
+    apart = [f"{path}.csv" for path in paths]  # the run must not lie in what it reads
+    source = {**INTERACTIONS, "user": user, "paths": apart, "event": "kind", "event_weights": event_weights}
     content = tree(
         name=name,
         data={"interactions": source},
@@ -237,7 +297,7 @@ def test_dumped_settings_load_to_the_same_settings(
         pairs={"hard_negative_ranks": ranks},
     )
     content["resources"]["rows_per_shard"] = shards
-    settings = parse_settings(content, base=Path("/data"))
+    settings = parse_settings(content, base="/data")
     path = tmp_path_factory.getbasetemp() / "dumped.yaml"
     path.write_text(dump_settings(settings), encoding="utf-8")
     assert load_settings(str(path)) == settings

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.contracts import schemas
-from pipeline.contracts.config import Settings
+from pipeline.contracts.config import Settings, parse_settings, select
 from pipeline.contracts.errors import DataError
 from pipeline.contracts.schemas import STAGES, Dataset
 
@@ -40,6 +40,29 @@ def test_no_stage_depends_on_where_it_runs() -> None:
     for stage in STAGES:
         for path in stage.settings:
             assert not path.startswith(("resources.run", "resources.cache", "resources.spark"))
+
+
+def test_only_what_changes_a_stages_output_makes_it_run_again() -> None:
+    """Events are cut into shards by ingest alone; how often training saves its state changes no model."""
+    base = {"task": {"data": {"interactions": {"paths": "e", "user": "u", "item": "i", "timestamp": "t"}}}}
+    changed = {"events_per_shard": 7, "training": {"checkpoint_every_steps": 3}}
+    before, after = (parse_settings({**base, "resources": {"run": "r", **more}}) for more in ({}, changed))
+    affected = [stage.name for stage in STAGES if select(before, stage.settings) != select(after, stage.settings)]
+    assert affected == ["ingest"]
+
+
+@pytest.mark.parametrize(
+    ("name", "when", "command"),
+    [
+        ("pairs", "", "run `pinsage pairs` to build it"),
+        ("pairs", "again", "run `pinsage pairs --force` to build it again"),
+        ("layers/output-1", "again", "run `pinsage inference --force` to build it again"),
+        ("ingest/events", "again", "run `pinsage ingest --force` to build it again"),
+        ("unheard-of", "", "run `pinsage run` to build it"),
+    ],
+)
+def test_every_dataset_even_of_passage_has_a_command_that_builds_it(name: str, when: str, command: str) -> None:
+    assert schemas.how_to_build(name, when) == command
 
 
 def test_every_column_says_what_it_means() -> None:

@@ -1,0 +1,32 @@
+"""Processes that end with their launcher. Imports no torch, so that a process can be tied before its slow imports."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+PARENT = "PINSAGE_PARENT"
+"""Environment variable with the process id of the launcher that expects its children to end with it."""
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """Have the kernel kill this process when its parent ends, so that a killed launcher leaves no trainer writing.
+
+    parent is the process id to expect; if it ended before this call, this process ends too. None takes the one that
+    PINSAGE_PARENT names, or else the present one. Linux only; elsewhere nothing happens.
+    """
+    if sys.platform != "linux":
+        return
+    named = os.environ.get(PARENT)
+    expected = parent if parent is not None else int(named) if named else os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != expected:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def expect_children() -> None:
+    """Name this process as the one whose end its children must not outlive."""
+    os.environ[PARENT] = str(os.getpid())
