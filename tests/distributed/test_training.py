@@ -133,7 +133,7 @@ def test_bad_settings_are_one_message_and_exit_code_one(make_run: MakeRun) -> No
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ties a process to its parent: it went unproved")
 def test_a_process_tied_to_its_parent_ends_with_it() -> None:
-    child = "from model.distributed import die_with_parent; die_with_parent(); print('tied', flush=True); input()"
+    child = "from model.lifetime import die_with_parent; die_with_parent(); print('tied', flush=True); input()"
     parent = (
         "import subprocess, sys; "
         f"process = subprocess.Popen([sys.executable, '-c', {child!r}]); print(process.pid, flush=True); process.wait()"
