@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from pyspark import StorageLevel
 from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
@@ -445,17 +446,24 @@ def _moments(events: DataFrame, split: Split) -> tuple[int, int]:
     bucket = F.floor((F.col("timestamp") - first) / width).cast("long").alias("bucket")
     with progress("ingest: find the split", 1, events.sparkSession):
         histogram = sorted((row["bucket"], row["count"]) for row in events.groupBy(bucket).count().collect())
-    buckets = np.array([b for b, _ in histogram])
-    before = np.cumsum([0] + [count for _, count in histogram])
-    total = before[-1]
+    if len(histogram) < 2:
+        raise DataError(
+            f"all interactions have the timestamp {first}: a temporal split needs time; check "
+            "task.data.interactions.timestamp, or set task.split.kind to leave_last_out or random"
+        )
+    starts = [first + width * place for place, _ in histogram]
+    counts = np.array([count for _, count in histogram])
+    return closest_moment(starts, counts, split.validation + split.test), closest_moment(starts, counts, split.test)
 
-    def moment(share: float) -> int:
-        """Start of the first bucket with at most this share of events from it on; past the end if even one is more."""
-        fits = np.flatnonzero(total - before <= share * total)
-        place = int(fits[0])
-        return int(first + width * (buckets[place] if place < len(buckets) else buckets[-1] + 1))
 
-    return moment(split.validation + split.test), moment(split.test)
+def closest_moment(starts: Sequence[int], counts: NDArray[np.integer], share: float) -> int:
+    """The start of a bucket such that the events from it on are closest to the share; never the first bucket's.
+
+    Where many events carry one timestamp, as in data dated by year, the share is met only roughly, but there is always
+    something to learn from and something to measure on.
+    """
+    from_here_on = counts.sum() - np.cumsum(counts)[:-1]
+    return int(starts[1 + int(np.abs(from_here_on - share * counts.sum()).argmin())])
 
 
 def _interactions(_: int, group: pa.Table) -> pa.Table:

@@ -172,3 +172,23 @@ def test_a_bad_night_leaves_the_former_datasets_standing(spark: SparkSession, st
     with pytest.raises(DataError, match="when"):
         ingested(spark, storage, parse_settings(tree))
     assert open_manifest(storage, schemas.INTERACTIONS).content == before.content
+
+
+def test_a_split_of_coarsely_dated_events_comes_as_close_as_it_can() -> None:
+    """By hand: 60, 25 and 15 of 100 events in three years."""
+    years, counts = [2000, 2001, 2002], np.array([60, 25, 15])
+    assert ingest.closest_moment(years, counts, 0.1) == 2002
+    assert ingest.closest_moment(years, counts, 0.35) == 2001
+    assert ingest.closest_moment(years, counts, 0.9) == 2001, "the first year is always learned from"
+    assert ingest.closest_moment(years, counts, 0.001) == 2002, "the last is always measured on"
+
+
+def test_interactions_of_one_moment_cannot_be_split_by_time(
+    spark: SparkSession, storage: Storage, tmp_path: Path
+) -> None:
+    tree = shop(tmp_path, storage)
+    path = tmp_path / "data" / "interactions.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(2, "when", pa.array([5] * len(table))), path)
+    with pytest.raises(DataError, match=r"all interactions have the timestamp 5(?s:.*)leave_last_out"):
+        ingested(spark, storage, parse_settings(tree))
