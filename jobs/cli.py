@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jobs.stage import ForceOption, OverrideOption, SettingsOption, exit_codes, lineage_of, run_stages, stage_named
+from jobs.stage import ForceOption, OverrideOption, SettingsOption, exit_codes, lineage_of, run_stages, stage_command
 from pipeline import report
 from pipeline.contracts import schemas
 from pipeline.contracts.config import Settings, load_settings, reference
@@ -41,22 +41,8 @@ def main() -> None:
     app()
 
 
-def _add_stage(name: str, meaning: str) -> None:
-    def command(
-        settings: SettingsOption = "pinsage.yaml", override: OverrideOption = None, force: ForceOption = False
-    ) -> None:
-        with exit_codes():
-            run_stages([stage_named(name)], load_settings(settings, override or ()), force=force)
-
-    stage = stage_named(name)
-    reads = ", ".join(dataset.name for dataset in stage.reads) or "your files"
-    writes = ", ".join(dataset.name for dataset in stage.writes)
-    help_text = f"{meaning[0].upper()}{meaning[1:]}.\n\nReads {reads}; writes {writes}."
-    app.command(name, help=help_text, rich_help_panel="Stages, in order")(command)
-
-
 for _stage in schemas.STAGES:
-    _add_stage(_stage.name, _stage.meaning)
+    app.command(_stage.name, rich_help_panel="Stages, in order")(stage_command(_stage))
 
 
 @app.command(rich_help_panel="The whole pipeline")

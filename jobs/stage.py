@@ -18,6 +18,7 @@ from typing import Annotated
 import typer
 from pyspark.sql import SparkSession
 from rich.console import Console
+from rich.markup import escape
 
 from model.lifetime import PARENT
 from model.trainer import lineage as training_lineage
@@ -49,16 +50,22 @@ ForceOption = Annotated[bool, typer.Option("--force", help="Build again even if 
 
 def main(name: str) -> None:
     """Run one stage as a job of its own: what spark-submit calls."""
+    typer.run(stage_command(stage_named(name)))
 
-    def job(
+
+def stage_command(stage: Stage) -> Callable[..., None]:
+    """The command that runs the stage, with its help."""
+
+    def command(
         settings: SettingsOption = "pinsage.yaml", override: OverrideOption = None, force: ForceOption = False
     ) -> None:
         with exit_codes():
-            run_stages([stage_named(name)], load_settings(settings, override or ()), force=force)
+            run_stages([stage], load_settings(settings, override or ()), force=force)
 
-    stage = stage_named(name)
-    job.__doc__ = f"{stage.meaning[0].upper()}{stage.meaning[1:]}."
-    typer.run(job)
+    reads = ", ".join(dataset.name for dataset in stage.reads) or "your files"
+    writes = ", ".join(dataset.name for dataset in stage.writes)
+    command.__doc__ = f"{stage.meaning[0].upper()}{stage.meaning[1:]}.\n\nReads {reads}; writes {writes}."
+    return command
 
 
 def stage_named(name: str) -> Stage:
@@ -72,7 +79,7 @@ def exit_codes() -> Iterator[None]:
     try:
         yield
     except PipelineError as error:
-        console.print(f"[bold red]error:[/] {_plain(str(error))}", soft_wrap=True)
+        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         console.print("interrupted; the same command goes on from the last finished shard", soft_wrap=True)
@@ -188,8 +195,3 @@ class _LazySession:
         """Stop Spark if it was started here."""
         if self._spark is not None and not self._found:
             self._spark.stop()
-
-
-def _plain(text: str) -> str:
-    """Text that rich must not read as mark-up."""
-    return text.replace("[", "\\[")
