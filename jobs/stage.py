@@ -142,17 +142,14 @@ def _runner(stage: Stage) -> Callable[[SparkSession, Storage, Settings, Lineage]
     return run
 
 
-_SCRATCH = {schemas.INGEST.name: "ingest", schemas.INFERENCE.name: schemas.LAYERS.name}
-"""Folders of the run in which a stage keeps what only it reads."""
-
-
 def _forget(storage: Storage, stage: Stage) -> None:
     """Leave nothing of the stage's former attempts to go on from."""
     for dataset in stage.writes:
         begin(storage, dataset)
         storage.delete(f"{dataset.name}/{RECEIPTS}")
-    if stage.name in _SCRATCH:
-        storage.delete(_SCRATCH[stage.name])
+    for folder, owner in schemas.SCRATCH.items():
+        if owner == stage.name:
+            storage.delete(folder)
 
 
 def _train(settings: Settings, force: bool) -> None:

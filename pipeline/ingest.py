@@ -44,6 +44,7 @@ from pipeline.spark import Task, progress, read_dataset, run_tasks, say, write_s
 TRAIN, VALIDATION, TEST = schemas.TRAIN_SPLIT, schemas.VALIDATION_SPLIT, schemas.TEST_SPLIT
 EVENTS, EVENTS_BAD = "ingest/events", "ingest/events-quarantine"
 CATALOGUE, CATALOGUE_BAD = "ingest/catalogue", "ingest/catalogue-quarantine"
+_EVENT_COLUMNS = ["user_key", "item_key", "timestamp", "position", "weight"]
 _BUCKETS = 1 << 16
 _SHOWN_REPEATED = 10_000
 _COUNTED_REASONS = 10_000
@@ -97,7 +98,7 @@ def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Line
         if dataset is not schemas.QUARANTINE:
             begin(storage, dataset)
 
-    rows = read_dataset(spark, storage, events, events.metadata["columns"])
+    rows = read_dataset(spark, storage, events, _EVENT_COLUMNS)
     listed = (
         _first_of_each_key(read_dataset(spark, storage, catalogue, ["item_key", "title", "position"]))
         if items_plan
@@ -155,7 +156,10 @@ def _clean(
     spark: SparkSession, storage: Storage, lineage: Lineage, plan: Sequence[Task], good_name: str, bad_name: str,
     data: Data, label: str,
 ) -> tuple[Manifest, int]:  # fmt: skip
-    """Read every piece of the plan into a shard of clean rows and one of bad rows; also counts rows of weight 0."""
+    """Read every piece of the plan into a shard of clean rows and one of bad rows; also counts rows of weight 0.
+
+    Of the latter only the receipt of an empty file is kept: a restart needs their number and nothing else.
+    """
 
     def work(task: Task) -> Task:
         number = task["number"]
@@ -170,16 +174,14 @@ def _clean(
                 rows, rejected = sources.read_items(task, data.items)
             good = write_shard(storage, good_name, number, rows, lineage)
             bad = write_shard(storage, bad_name, number, rejected, lineage)
-            counted = write_file(storage, names[2], shard_name(number), str(weightless).encode(), lineage)
-        weightless = int(storage.read_bytes(f"{names[2]}/{counted.name}"))
-        return {"good": asdict(good), "bad": asdict(bad), "weightless": weightless}
+            counted = write_file(storage, names[2], shard_name(number), b"", lineage, rows=weightless)
+        return {"good": asdict(good), "bad": asdict(bad), "weightless": counted.rows}
 
     results = run_tasks(spark, [{**task, "number": number} for number, task in enumerate(plan)], work, label)
-    columns = ["user_key", "item_key", "timestamp", "position", "weight"] if good_name == EVENTS else []
     commit(storage, bad_name, (Shard(**result["bad"]) for result in results), lineage)
     good_shards = (Shard(**result["good"]) for result in results)
     weightless = sum(result["weightless"] for result in results)
-    return commit(storage, good_name, good_shards, lineage, {"columns": columns}), weightless
+    return commit(storage, good_name, good_shards, lineage), weightless
 
 
 def _repeated_items(
@@ -276,10 +278,9 @@ def _known_events(events: DataFrame, catalogue: DataFrame | None, data: Data) ->
     if catalogue is None:
         return events, {"unknown_items": 0, "events_of_unknown_items": 0}
     keys = catalogue.select("item_key").persist(StorageLevel.MEMORY_AND_DISK)
-    num_keys = keys.count()
-    listed = F.broadcast(keys) if num_keys <= _BROADCAST_ROWS else keys
-    strangers = events.groupBy("item_key").count().join(listed, "item_key", "left_anti").persist()
     with progress("ingest: look up items", 1, events.sparkSession):
+        listed = F.broadcast(keys) if keys.count() <= _BROADCAST_ROWS else keys
+        strangers = events.groupBy("item_key").count().join(listed, "item_key", "left_anti").persist()
         total = strangers.agg(F.count("item_key"), F.coalesce(F.sum("count"), F.lit(0))).collect()[0]
     examples = [row["item_key"] for row in strangers.orderBy(F.desc("count"), "item_key").limit(5).collect()]
     strangers.unpersist()
@@ -441,10 +442,10 @@ def _split(events: DataFrame, split: Split, seed: int) -> tuple[DataFrame, dict[
 
 def _moments(events: DataFrame, split: Split) -> tuple[int, int]:
     """The two moments that cut off the last shares of events, to 1/65536 of the time span, from a histogram."""
-    first, last = events.agg(F.min("timestamp"), F.max("timestamp")).collect()[0]
-    width = max(1, -(-(last - first + 1) // _BUCKETS))
-    bucket = F.floor((F.col("timestamp") - first) / width).cast("long").alias("bucket")
     with progress("ingest: find the split", 1, events.sparkSession):
+        first, last = events.agg(F.min("timestamp"), F.max("timestamp")).collect()[0]
+        width = max(1, -(-(last - first + 1) // _BUCKETS))
+        bucket = F.floor((F.col("timestamp") - first) / width).cast("long").alias("bucket")
         histogram = sorted((row["bucket"], row["count"]) for row in events.groupBy(bucket).count().collect())
     if len(histogram) < 2:
         raise DataError(

@@ -138,7 +138,7 @@ def run_tasks(
         for number, text in partition:
             yield number, _guarded(work, json.loads(text))
 
-    with progress(label, len(rows), spark), _plain_errors(label):
+    with progress(label, len(rows), spark):
         collected = dict(partitioned.mapPartitions(run).collect())
     return [_opened(collected[number]) for number in range(len(rows))]
 
@@ -194,7 +194,7 @@ def write_shards(
         )
 
     sharded = rows.withColumn("shard", shard_column("id", num_rows, num_shards))
-    with progress(label, num_shards, rows.sparkSession), _plain_errors(label):
+    with progress(label, num_shards, rows.sparkSession):
         stored = {row["task"]: row["result"] for row in sharded.groupBy("shard").applyInArrow(apply, _RESULT).collect()}
     if len(stored) < num_shards:
         nothing = to_arrow_schema(rows.schema).empty_table()
@@ -236,8 +236,9 @@ def read_dataset(spark: SparkSession, storage: Storage, manifest: Manifest, colu
 def progress(label: str, total: int, spark: SparkSession | None = None) -> Iterator[Callable[[int], None]]:
     """A bar with rate and time left on a terminal, one closing line elsewhere.
 
-    Given a session, the bar follows the Spark jobs that this thread starts inside the block; otherwise the block calls
-    what it is given with how many more of total are done.
+    Given a session, the bar follows the Spark jobs that this thread starts inside the block, and a PipelineError that
+    a reader raised inside Spark's plan is raised as it was: every action on a DataFrame of ours belongs into such a
+    block. Otherwise the block calls what it is given with how many more of total are done.
     """
     console = Console(stderr=True)
     started = time.monotonic()
@@ -259,7 +260,7 @@ def progress(label: str, total: int, spark: SparkSession | None = None) -> Itera
         if spark is None:
             yield advance
         else:
-            with _following(spark, bars, bar, label, started):
+            with _following(spark, bars, bar, label, started), _plain_errors(label):
                 yield advance
         bars.update(bar, completed=bars.tasks[0].total)
         _show_rate(bars, bar, started)

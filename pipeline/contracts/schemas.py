@@ -83,7 +83,7 @@ class Dataset:
 def how_to_build(name: str, when: str = "") -> str:
     """The command; `again` for a dataset whose manifest says that it is there, which would be skipped as up to date."""
     folder = name.split("/", 1)[0]
-    stage = _SCRATCH.get(folder) or next((s.name for s in STAGES if any(folder == d.name for d in s.writes)), "run")
+    stage = SCRATCH.get(folder) or next((s.name for s in STAGES if any(folder == d.name for d in s.writes)), "run")
     return f"run `pinsage {stage}{' --force' if when else ''}` to build it{f' {when}' if when else ''}"
 
 
@@ -280,5 +280,5 @@ EVALUATION_STAGE = Stage(
 STAGES = (INGEST, GRAPH, FEATURES_STAGE, WALKS, PAIRS_STAGE, TRAIN, INFERENCE, INDEX_STAGE, EVALUATION_STAGE)
 """In the order that `pinsage run` runs them."""
 
-_SCRATCH = {"ingest": INGEST.name, LAYERS.name: INFERENCE.name}
+SCRATCH = {"ingest": INGEST.name, LAYERS.name: INFERENCE.name}
 """Folders of what a stage keeps only while it runs, and the stage."""
