@@ -56,7 +56,7 @@ def reaches_another_stage(importer: str, target: str) -> bool:
         return False
     allowed = {"contracts", room(importer)} | {kernel for kernel, users in KERNELS.items() if room(importer) in users}
     if room(importer) != "contracts":
-        allowed.add("spark")
+        allowed |= {"spark", "exchange"}
     return room(target) not in allowed
 
 

@@ -159,8 +159,26 @@ class Split(Section):
 class Graph(Section):
     """Training interactions to a bipartite graph in compressed rows."""
 
+    weighted: bool = False
+    """Step along an edge in proportion to its events' weights (interactions.weight or event_weights); false: every
+    distinct user and item are one edge like any other."""
+    half_life_days: Annotated[float, Field(gt=0.0)] | None = None
+    """An event's weight halves in this time before the latest training event; the graph is then weighted. None: no."""
     max_user_degree: Count = 5000
-    """A user with more distinct items keeps the most recent ones: hubs cost much and say little. 0: no limit."""
+    """A user with more distinct items keeps this many: hubs cost much and say little. 0: no limit."""
+    max_item_degree: Count = 0
+    """An item with more distinct users keeps this many. 0: no limit; walks bound their own cost."""
+    keep: Literal["recent", "random"] = "recent"
+    """Which edges of a hub stay: those of the latest events, or any, drawn by seed."""
+    min_user_degree: PositiveInt = 1
+    """A user with fewer distinct items has no edges; 2 drops those who lead nowhere."""
+    min_item_degree: PositiveInt = 1
+    """An item with fewer distinct users, counted after the users' limits, has no edges, and so no neighbours."""
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether edges differ in weight."""
+        return self.weighted or self.half_life_days is not None
 
 
 class Features(Section):
@@ -181,18 +199,23 @@ class Features(Section):
 
 
 class Walks(Section):
-    """Personalised-PageRank neighbourhoods by random walks with restart."""
+    """Personalised-PageRank neighbourhoods: every item's nearest items on the graph."""
 
+    estimator: Literal["exact", "walks"] = "exact"
+    """exact: read the first item-user-item hop itself, longer hops by composing rows; walks: random walks as the paper,
+    which find far less of the true neighbourhood in the same time."""
     num_neighbours: PositiveInt = 50
-    """T: the most visited items kept for each item (paper: 50)."""
-    num_walks: PositiveInt = 1000
-    """Walks from each item (not published)."""
-    max_hops: PositiveInt = 3
-    """Item-user-item hops after which a walk ends in any case."""
+    """T: the heaviest items kept for each item (paper: 50)."""
     restart_probability: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
     """Chance that a walk ends after each hop."""
-    weighted: bool = False
-    """Step along an edge in proportion to its weight."""
+    entry_budget: PositiveInt = 2048
+    """exact: list entries read per item; users with long lists share what short ones leave, and are sampled."""
+    compose_rows: Count = 16
+    """exact: the rows of this many nearest items are added for the second hop. 0: the first hop alone."""
+    num_walks: PositiveInt = 1000
+    """walks: walks from each item (not published)."""
+    max_hops: PositiveInt = 3
+    """walks: item-user-item hops after which a walk ends in any case."""
 
 
 class Pairs(Section):
@@ -207,8 +230,10 @@ class Pairs(Section):
     hard_negative_ranks: tuple[PositiveInt, PositiveInt] | None = None
     """First and last PPR rank to draw hard negatives from (paper: 2000 to 5000 of 2 billion). None: scaled to the
     catalogue: from num_neighbours to a tenth of the items, but at least twice num_neighbours and at most 5000."""
-    num_walks: PositiveInt = 5000
-    """Walks per item when ranking for hard negatives: deep ranks need more walks than neighbourhoods do."""
+    compose_rows: PositiveInt = 100
+    """Ranks beyond an item's own first hop come from the rows of this many nearest items."""
+    compose_width: PositiveInt = 100
+    """Entries of each of those rows."""
 
     @model_validator(mode="after")
     def _ranks_are_in_order(self) -> Pairs:
@@ -354,6 +379,16 @@ class Task(Section):
 # -------------------------------------------------------------------------------------------------- resources
 
 
+class WalksResources(Section):
+    """How the graph reaches the tasks that walk on it."""
+
+    strategy: Literal["auto", "replicate", "shuffle"] = "auto"
+    """replicate: every host maps one copy of the graph; shuffle: tasks get only the lists that their items need; auto:
+    replicate if the graph fits host_memory and the cache's disk."""
+    host_memory: str | None = None
+    """What one host may give to the graph, such as 200g. None: half the memory of the machine that decides."""
+
+
 class SparkResources(Section):
     """Where Spark runs."""
 
@@ -399,6 +434,7 @@ class Resources(Section):
     """Interactions of a stored shard, as rows_per_shard; their rows are much narrower."""
     threads: PositiveInt = 1
     """CPU threads of one Spark task's numeric work. Enters fingerprints, as float sums depend on it."""
+    walks: WalksResources = WalksResources()
     spark: SparkResources = SparkResources()
     training: TrainingResources = TrainingResources()
 

@@ -127,6 +127,17 @@ def find_manifest(storage: Storage, dataset: Dataset | str) -> Manifest | None:
     )
 
 
+def finished_manifest(storage: Storage, dataset: Dataset | str, lineage: Lineage) -> Manifest | None:
+    """The manifest if the dataset was made from this lineage by this version of the code, else None.
+
+    For a stage of several steps: what a killed attempt finished need not be made again.
+    """
+    manifest = find_manifest(storage, dataset)
+    if manifest is None or manifest.code_version != code_version():
+        return None
+    return manifest if manifest.lineage.fingerprint == lineage.fingerprint else None
+
+
 def open_manifest(storage: Storage, dataset: Dataset | str) -> Manifest:
     """The dataset's manifest; DataError names the stage to run if the dataset does not exist."""
     manifest = find_manifest(storage, dataset)

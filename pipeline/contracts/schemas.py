@@ -133,8 +133,8 @@ QUARANTINE = Dataset(
 )
 _ADJACENCY = (
     _ID,
-    Column("neighbours", _IDS, "ids on the other side, ascending"),
-    Column("cumulative_weights", _FLOATS, "running sum of the edges' weights within the row"),
+    Column("neighbours", _IDS, "ids on the other side: ascending in item_users, shuffled by seed in user_items"),
+    Column("shares", _IDS, "weighted graphs: running share of the row's weight in units of 2^-32; else empty lists"),
 )
 ITEM_USERS = Dataset("item_users", ("id",), _ADJACENCY, "training graph, rows of items", dense=True)
 USER_ITEMS = Dataset("user_items", ("id",), _ADJACENCY, "training graph, rows of users", dense=True)
@@ -151,8 +151,8 @@ NEIGHBOURS = Dataset(
     ("id",),
     (
         _ID,
-        Column("neighbours", _IDS, "up to T most visited items, by weight descending, then id"),
-        Column("weights", _FLOATS, "their visit counts, L1-normalised"),
+        Column("neighbours", _IDS, "up to T nearest items, by weight descending"),
+        Column("weights", _FLOATS, "their personalised PageRank or visit counts, L1-normalised"),
     ),
     "personalised-PageRank neighbourhood of every item",
     dense=True,
@@ -217,7 +217,7 @@ GRAPH = Stage(
     "graph",
     (INTERACTIONS, USERS, ITEMS),
     (ITEM_USERS, USER_ITEMS),
-    ("task.graph", "resources.rows_per_shard"),
+    ("task.seed", "task.graph", "resources.rows_per_shard"),
     "training interactions to compressed rows, both directions",
 )
 FEATURES_STAGE = Stage(
@@ -232,7 +232,7 @@ WALKS = Stage(
     (ITEM_USERS, USER_ITEMS),
     (NEIGHBOURS,),
     ("task.seed", "task.walks", "resources.rows_per_shard"),
-    "random walks to every item's top neighbours",
+    "personalised PageRank to every item's top neighbours",
 )
 PAIRS_STAGE = Stage(
     "pairs",
@@ -280,5 +280,5 @@ EVALUATION_STAGE = Stage(
 STAGES = (INGEST, GRAPH, FEATURES_STAGE, WALKS, PAIRS_STAGE, TRAIN, INFERENCE, INDEX_STAGE, EVALUATION_STAGE)
 """In the order that `pinsage run` runs them."""
 
-SCRATCH = {"ingest": INGEST.name, LAYERS.name: INFERENCE.name}
+SCRATCH = {name: name for name in (INGEST.name, GRAPH.name, WALKS.name)} | {LAYERS.name: INFERENCE.name}
 """Folders of what a stage keeps only while it runs, and the stage."""

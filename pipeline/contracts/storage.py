@@ -72,6 +72,12 @@ class Storage:
         data: bytes = retry(f"read {full}", lambda: self._filesystem.cat_file(full))
         return data
 
+    def read_range(self, path: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of an object, fewer where it ends before. Raises as read_bytes."""
+        full = self.locate(path)
+        data: bytes = retry(f"read {full}", lambda: self._filesystem.cat_file(full, start=start, end=stop))
+        return data
+
     def write_bytes(self, path: str, data: bytes | memoryview) -> None:
         """Write the whole object, or nothing: a reader sees the old or the new one (HDFS, SFTP: for a moment none)."""
         full = self.locate(path)

@@ -1,0 +1,166 @@
+"""A shuffle of columns outside the JVM: map tasks write one file each, cut into a block per destination.
+
+Spark schedules the tasks; the rows never become JVM objects. A destination reads its block of every file by byte range.
+Integers are stored as the distance from the block's least value in as few bytes as hold it, a constant column as its
+value alone. Files lie in the run's storage as a scratch dataset with receipts, so a lost task redoes its own file and a
+restarted stage goes on where it was. Memory: one task's rows, or one destination's.
+"""
+
+from __future__ import annotations
+
+import io
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pyspark.sql import SparkSession
+
+from pipeline.contracts.datasets import (
+    Lineage,
+    Manifest,
+    Shard,
+    begin,
+    commit,
+    finished_manifest,
+    finished_shard,
+    write_file,
+)
+from pipeline.contracts.errors import DataError
+from pipeline.contracts.schemas import how_to_build
+from pipeline.contracts.storage import Storage
+from pipeline.spark import Task, run_tasks
+
+_ENTRY = np.dtype([("stop", "<u8"), ("crc", "<u4")])
+"""One per destination at the end of a file: where its block ends, and the block's CRC-32."""
+MAX_DESTINATIONS = 1 << 16
+
+
+def scatter(
+    spark: SparkSession,
+    storage: Storage,
+    name: str,
+    lineage: Lineage,
+    num_tasks: int,
+    make: Callable[[int], tuple[pa.Table, NDArray[np.integer]]],
+    num_destinations: int,
+    label: str,
+) -> Manifest:
+    """Store what make(number) returns, rows and the destination of each, for every number below num_tasks.
+
+    Finished files of an interrupted attempt of the same lineage are kept. The scratch dataset `name` is the caller's
+    to delete.
+    """
+    done = finished_manifest(storage, name, lineage)
+    if done is not None:
+        return done
+    begin(storage, name)
+
+    def work(task: Task) -> Task:
+        file = f"part-{task['number']:05d}.blocks"
+        shard = finished_shard(storage, name, file, lineage)
+        if shard is None:
+            table, destinations = make(task["number"])
+            data = encode_blocks(table, destinations, num_destinations)
+            shard = write_file(storage, name, file, data, lineage, rows=table.num_rows)
+        return asdict(shard)
+
+    results = run_tasks(spark, [{"number": number} for number in range(num_tasks)], work, label)
+    shards = [Shard(**result) for result in results]
+    return commit(storage, name, shards, lineage, {"destinations": num_destinations})
+
+
+def gather(storage: Storage, manifest: Manifest, destination: int, schema: pa.Schema) -> pa.Table:
+    """All rows that were sent to a destination, file after file and in each file's order.
+
+    Raises DataError if a block is not what was written.
+    """
+    number, tables = int(manifest.metadata["destinations"]), []
+    for shard in manifest.shards:
+        path = f"{manifest.dataset}/{shard.name}"
+        footer = shard.bytes - number * _ENTRY.itemsize + destination * _ENTRY.itemsize
+        try:
+            before = min(destination, 1)
+            data = storage.read_range(path, footer - before * _ENTRY.itemsize, footer + _ENTRY.itemsize)
+            if len(data) < (before + 1) * _ENTRY.itemsize:
+                raise ValueError("cut short")
+            entries = np.frombuffer(data, _ENTRY)
+            start, stop = int(entries["stop"][0]) if before else 0, int(entries["stop"][-1])
+            if start == stop:
+                continue
+            block = storage.read_range(path, start, stop)
+            if zlib.crc32(block) != entries["crc"][-1]:
+                raise ValueError("another checksum")
+            tables.append(decode_block(block, schema))
+        except (FileNotFoundError, ValueError, pa.ArrowException) as error:
+            remedy = how_to_build(manifest.dataset, "again")
+            raise DataError(f"{storage.locate(path)} is not as it was written ({error}); {remedy}") from None
+    return pa.concat_tables(tables).combine_chunks() if tables else schema.empty_table()
+
+
+def encode_blocks(table: pa.Table, destinations: NDArray[np.integer], num_destinations: int) -> bytes:
+    """A file: the rows of destination 0, 1, ... in their order as compact blocks, then the table of blocks."""
+    if num_destinations > MAX_DESTINATIONS:
+        raise ValueError(f"{num_destinations} destinations, at most {MAX_DESTINATIONS}")
+    places = np.asarray(destinations).astype(np.uint16)
+    counts = np.bincount(places, minlength=num_destinations)
+    if (places[1:] < places[:-1]).any():
+        table = table.take(pa.array(np.argsort(places, kind="stable")))  # radix sort on 16 bits
+    table = table.combine_chunks()
+    sink, entries, start = io.BytesIO(), np.zeros(num_destinations, _ENTRY), 0
+    for destination, count in enumerate(counts.tolist()):
+        if count:
+            block = encode_block(table.slice(start, count))
+            entries["crc"][destination] = zlib.crc32(block)
+            sink.write(block)
+            start += count
+        entries["stop"][destination] = sink.tell()
+    sink.write(entries.tobytes())
+    return sink.getvalue()
+
+
+def encode_block(table: pa.Table) -> pa.Buffer:
+    """Rows as an Arrow stream of narrowed columns; bases and constants are in the fields' metadata."""
+    fields, columns = [], []
+    for field, column in zip(table.schema, table.columns, strict=True):
+        array = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
+        note = {}
+        if pa.types.is_integer(field.type) or pa.types.is_floating(field.type):
+            values = array.to_numpy()
+            least, most = values.min(), values.max()
+            if least == most:
+                array, note = pa.nulls(len(values)), {"constant": str(least)}
+            elif pa.types.is_integer(field.type):
+                width = np.min_scalar_type(int(most) - int(least))
+                if width.itemsize < values.itemsize:
+                    wide = values.astype(np.uint64) - np.uint64(int(least) & 0xFFFFFFFFFFFFFFFF)
+                    array, note = pa.array(wide.astype(width)), {"base": str(least)}
+        fields.append(pa.field(field.name, array.type, metadata=note or None))
+        columns.append(array)
+    sink = pa.BufferOutputStream()
+    schema = pa.schema(fields)
+    text = any(pa.types.is_string(f.type) or pa.types.is_large_string(f.type) for f in fields)
+    options = pa.ipc.IpcWriteOptions(compression="lz4" if text else None)
+    with pa.ipc.new_stream(sink, schema, options=options) as writer:
+        writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
+    return sink.getvalue()
+
+
+def decode_block(block: bytes, schema: pa.Schema) -> pa.Table:
+    """The rows of one block in their original types. Raises ValueError if its columns are others."""
+    stored = pa.ipc.open_stream(block).read_all()
+    if stored.schema.names != schema.names:
+        raise ValueError(f"columns {stored.schema.names}, expected {schema.names}")
+    columns = []
+    for field, column in zip(schema, stored.columns, strict=True):
+        note = stored.schema.field(field.name).metadata or {}
+        dtype = np.dtype(object if pa.types.is_string(field.type) else field.type.to_pandas_dtype()).type
+        if b"constant" in note:
+            column = pa.array(np.full(len(column), dtype(note[b"constant"].decode())), field.type)
+        elif b"base" in note:
+            base = np.uint64(int(note[b"base"]) & 0xFFFFFFFFFFFFFFFF)
+            column = pa.array((column.to_numpy().astype(np.uint64) + base).astype(dtype), field.type)
+        columns.append(column)
+    return pa.table(columns, schema=schema)
