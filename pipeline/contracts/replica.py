@@ -2,7 +2,9 @@
 
 A walk step or a feature lookup is then a memory access. A copy is made once per host and dataset content, under a file
 lock, from shards checked against the manifest; its folder is named by the manifest's content hash, so it can never be
-stale. Making one removes those that nobody used for two weeks. Disk: the raw arrays. Memory: one shard while copying.
+stale. One that was broken off goes on at the next shard. A finished copy carries its checksums: they are compared again
+whenever a file's size or time of change is not what it was, and a copy that differs is made anew. Making one removes
+those that nobody used for two weeks. Disk: the raw arrays, asked for before copying. Memory: one shard while copying.
 """
 
 from __future__ import annotations
@@ -13,12 +15,12 @@ import os
 import shutil
 import tempfile
 import time
+import zlib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from filelock import FileLock
 from numpy.typing import DTypeLike, NDArray
 
@@ -27,6 +29,7 @@ from pipeline.contracts.errors import StorageError
 from pipeline.contracts.storage import Storage
 
 _OWNER_DIGITS, _DIGITS = 12, 24  # of the hashes of the run's URL and of the content, in the folders' names
+_HEADER_BYTES = 128
 _KEPT_SECONDS = 14 * 24 * 3600
 """Long enough for a weekly run to find its copies; a cache that nobody clears would fill the disk."""
 
@@ -96,28 +99,74 @@ def _replicate(storage: Storage, manifest: Manifest, column: str, cache: str | N
     home = root / owner / manifest.dataset.replace("/", "-")
     folder = home / f"{manifest.content[:_DIGITS]}-{column}"
     done = folder / "done.json"
-    if done.exists():
+    if _is_unchanged(folder):
         with suppress(OSError):  # of a copy that is not ours to mark: another user's, or on a read-only disk
             os.utime(done)
         return folder
     try:
         home.mkdir(parents=True, exist_ok=True)
         with FileLock(home / f"{column}.lock"):
-            if not done.exists():
+            if not _is_intact(folder):
                 for old in home.glob(f"{'?' * _DIGITS}-{column}"):
-                    shutil.rmtree(old, ignore_errors=True)
+                    if old != folder or done.exists():
+                        shutil.rmtree(old, ignore_errors=True)
                 _remove_unused(root)
                 try:
                     _copy(storage, manifest, column, folder, kind)
                 except BaseException:
                     shutil.rmtree(folder, ignore_errors=True)
                     raise
-                done.write_text(json.dumps({"dataset": manifest.dataset, "rows": manifest.num_rows}))
     except OSError as error:
         raise StorageError(
             f"cannot keep a local copy of {manifest.dataset} in {home}: {error}; make room there or set resources.cache"
         ) from error
     return folder
+
+
+def _is_unchanged(folder: Path) -> bool:
+    """Whether the copy is finished and its files have the sizes and times of change that were noted."""
+    try:
+        files = json.loads((folder / "done.json").read_text())["files"]
+        return all(note["stat"] == _stat(folder / name) for name, note in files.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _is_intact(folder: Path) -> bool:
+    """Whether the copy is finished and its files hold what was written; their new times are noted then."""
+    if _is_unchanged(folder):
+        return True
+    try:
+        done = json.loads((folder / "done.json").read_text())
+        for name, note in done["files"].items():
+            if _checksum(folder / name) != note["crc"]:
+                return False
+            note["stat"] = _stat(folder / name)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    _write_note(folder / "done.json", done)
+    return True
+
+
+def _stat(path: Path) -> list[int]:
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns]
+
+
+def _checksum(path: Path) -> int:
+    """CRC-32 of what follows the header."""
+    crc = 0
+    with open(path, "rb") as file:
+        file.seek(_HEADER_BYTES)
+        while block := file.read(1 << 24):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def _write_note(path: Path, tree: object) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(tree))
+    os.replace(temporary, path)
 
 
 def _remove_unused(root: Path) -> None:
@@ -130,48 +179,78 @@ def _remove_unused(root: Path) -> None:
 
 
 def _copy(storage: Storage, manifest: Manifest, column: str, folder: Path, kind: str) -> None:
-    """Stream the shards into raw files, then give each its .npy header by writing it first with the final shape."""
-    folder.mkdir(parents=True)
-    lengths: list[NDArray[np.int64]] = []
-    raw = folder / "values.raw"
-    dtype: np.dtype[Any] = np.dtype(np.float32)
-    width: int | None = None
-    with open(raw, "wb") as file:
-        for number in range(len(manifest.shards)):
-            table = read_shard(storage, manifest, number, [column])
-            if kind == "vectors":
-                values = arrow_to_vectors(table.column(column))
-                width = values.shape[1]
-            elif kind == "lists":
-                indptr, values = arrow_to_lists(table.column(column))
-                lengths.append(np.diff(indptr))
-            else:
-                values = _plain(table.column(column))
-            dtype = values.dtype
-            _check_room(folder, values.nbytes)
-            np.ascontiguousarray(values).tofile(file)
-    count = raw.stat().st_size // dtype.itemsize
-    _add_header(raw, folder / "values.npy", dtype, (count,) if width is None else (count // max(width, 1), width))
-    if kind == "lists":
-        np.save(folder / "indptr.npy", np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64))
+    """Append shard after shard to raw .npy files, noting how far they are, then fill in the headers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    progress = folder / "progress.json"
+    try:
+        state = json.loads(progress.read_text())
+        files = {name: _Growing(folder / f"{name}.npy", **note) for name, note in state["files"].items()}
+        first = int(state["shards"])
+    except (OSError, ValueError, KeyError, TypeError):
+        names = ("values", "indptr") if kind == "lists" else ("values",)
+        files, first = {name: _Growing(folder / f"{name}.npy") for name in names}, 0
+        if kind == "lists":
+            files["indptr"].append(np.zeros(1, np.int64))
+    stored = sum(shard.bytes for shard in manifest.shards)
+    read = sum(shard.bytes for shard in manifest.shards[:first])
+    for number in range(first, len(manifest.shards)):
+        values = read_shard(storage, manifest, number, [column]).column(column)
+        if kind == "vectors":
+            array: NDArray[Any] = arrow_to_vectors(values)
+        elif kind == "lists":
+            indptr, array = arrow_to_lists(values)
+            files["indptr"].append(indptr[1:] + files["values"].count)
+        else:
+            array = values.to_numpy()
+        size = manifest.shards[number].bytes
+        _check_room(folder, int(array.nbytes * (stored - read) / size))
+        read += size
+        files["values"].append(array)
+        notes = {name: file.note() for name, file in files.items()}
+        _write_note(progress, {"shards": number + 1, "files": notes})
+    for file in files.values():
+        file.finish()
+    noted = {f.path.name: {"crc": f.crc, "stat": _stat(f.path)} for f in files.values()}
+    _write_note(folder / "done.json", {"dataset": manifest.dataset, "rows": manifest.num_rows, "files": noted})
+    progress.unlink()
 
 
-def _plain(column: pa.ChunkedArray) -> NDArray[Any]:
-    values: NDArray[Any] = column.to_numpy()
-    return values
+class _Growing:
+    """A .npy file that grows at its end; its header, of fixed size, is written last. count is in elements."""
+
+    def __init__(self, path: Path, count: int = 0, crc: int = 0, dtype: str = "<f4", width: int | None = None) -> None:
+        self.path, self.count, self.crc, self.dtype, self.width = path, count, crc, dtype, width
+        self._file = open(path, "r+b" if count else "w+b")  # noqa: SIM115 (closed by finish)
+        self._file.truncate(_HEADER_BYTES + count * np.dtype(dtype).itemsize)
+        self._file.seek(0, os.SEEK_END)
+
+    def append(self, array: NDArray[Any]) -> None:
+        """Add rows, all of one type and width."""
+        array = np.ascontiguousarray(array)
+        self.dtype, self.width = array.dtype.str, array.shape[1] if array.ndim == 2 else None
+        self.count += array.size
+        data = array.reshape(-1).view(np.uint8).data
+        self.crc = zlib.crc32(data, self.crc)
+        self._file.write(data)
+
+    def note(self) -> dict[str, Any]:
+        """What continues the file after a kill; the file's bytes are handed to the system before."""
+        self._file.flush()
+        return {"count": self.count, "crc": self.crc, "dtype": self.dtype, "width": self.width}
+
+    def finish(self) -> None:
+        """Write the header and make sure of the disk."""
+        shape = (self.count,) if self.width is None else (self.count // max(self.width, 1), self.width)
+        text = f"{{'descr': {self.dtype!r}, 'fortran_order': False, 'shape': {shape}, }}"
+        magic = np.lib.format.magic(1, 0) + (_HEADER_BYTES - 10).to_bytes(2, "little")
+        self._file.seek(0)
+        self._file.write(magic + text.ljust(_HEADER_BYTES - 11).encode("latin1") + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
 
 
 def _check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed + (1 << 20):
-        raise OSError(f"{needed:,} more bytes are needed and {free:,} are free")
-
-
-def _add_header(raw: Path, target: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
-    """Turn raw values into a .npy file; the values are copied once, on the same disk."""
-    with open(target, "wb") as file:
-        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_2_0(file, header)
-        with open(raw, "rb") as source:
-            shutil.copyfileobj(source, file, 1 << 22)
-    os.remove(raw)
+        raise OSError(f"about {needed:,} more bytes are needed and {free:,} are free")

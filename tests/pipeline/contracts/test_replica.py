@@ -20,7 +20,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pipeline.contracts import replica
-from pipeline.contracts.datasets import Lineage, Manifest, commit, lists_to_arrow, vectors_to_arrow, write_shard
+from pipeline.contracts.datasets import (
+    Lineage,
+    Manifest,
+    commit,
+    lists_to_arrow,
+    read_shard,
+    vectors_to_arrow,
+    write_shard,
+)
 from pipeline.contracts.errors import DataError, StorageError
 from pipeline.contracts.replica import map_lists, map_values, map_vectors, padded
 from pipeline.contracts.storage import Storage
@@ -125,6 +133,59 @@ def test_a_copy_that_broke_off_is_made_again(storage: Storage, cache: str) -> No
     (folder / "done.json").unlink()
     (folder / "values.npy").write_bytes(b"half")
     assert map_values(storage, manifest, "degree", cache).tolist() == list(range(7))
+
+
+@pytest.mark.parametrize("kept", [1, 2])
+def test_a_copy_that_was_killed_goes_on_at_the_next_shard(
+    storage: Storage, cache: str, monkeypatch: pytest.MonkeyPatch, kept: int
+) -> None:
+    """A kill, unlike an error, clears nothing; half of a shard may have been written."""
+    manifest = store(storage)
+    read: list[int] = []
+    die_at = kept
+
+    def counted(storage: Storage, manifest: Manifest, number: int, columns: Any = None) -> Any:
+        read.append(number)
+        if number == die_at:
+            raise KeyboardInterrupt
+        return read_shard(storage, manifest, number, columns)
+
+    monkeypatch.setattr(replica, "read_shard", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        with pytest.raises(KeyboardInterrupt):
+            map_lists(storage, manifest, "ids", cache)
+    [folder] = folders(cache, "ids")
+    with open(folder / "values.npy", "ab") as file:
+        file.write(b"half a shard")
+    read.clear()
+    die_at = -1
+    indptr, ids = map_lists(storage, manifest, "ids", cache)
+    assert read == list(range(kept, 3))
+    np.testing.assert_array_equal(np.diff(indptr), LENGTHS)
+    assert ids.tolist() == [1, 2, 3, 2, 5, 6, 6, 7, 8, 9]
+    assert {path.name for path in folder.iterdir()} == {"values.npy", "indptr.npy", "done.json"}
+
+
+@pytest.mark.parametrize("name", ["values", "indptr"])
+def test_a_copy_that_was_changed_is_made_again(storage: Storage, cache: str, name: str) -> None:
+    manifest = store(storage)
+    before = [array.tolist() for array in map_lists(storage, manifest, "ids", cache)]
+    [folder] = folders(cache, "ids")
+    with open(folder / f"{name}.npy", "r+b") as file:
+        file.seek(-3, os.SEEK_END)
+        file.write(b"x")
+    assert [array.tolist() for array in map_lists(storage, manifest, "ids", cache)] == before
+
+
+def test_a_copy_that_was_only_touched_is_kept(storage: Storage, cache: str) -> None:
+    manifest = store(storage)
+    map_values(storage, manifest, "degree", cache)
+    [folder] = folders(cache, "degree")
+    os.utime(folder / "values.npy")
+    storage.delete("things")
+    for _ in range(2):
+        assert map_values(storage, manifest, "degree", cache).tolist() == list(range(7))
 
 
 def test_a_second_reader_copies_nothing(storage: Storage, cache: str) -> None:
