@@ -33,8 +33,8 @@ from pipeline.contracts.schemas import how_to_build
 from pipeline.contracts.storage import Storage
 from pipeline.spark import Task, run_tasks
 
-_ENTRY = np.dtype([("stop", "<u8"), ("crc", "<u4")])
-"""One per destination at the end of a file: where its block ends, and the block's CRC-32."""
+_ENTRY = np.dtype([("stop", "<u8"), ("rows", "<u4"), ("crc", "<u4")])
+"""One per destination at the end of a file: where its block ends, its rows, and its CRC-32."""
 MAX_DESTINATIONS = 1 << 16
 
 
@@ -72,13 +72,35 @@ def scatter(
     return commit(storage, name, shards, lineage, {"destinations": num_destinations})
 
 
-def gather(storage: Storage, manifest: Manifest, destination: int, schema: pa.Schema) -> pa.Table:
-    """All rows that were sent to a destination, file after file and in each file's order.
+def destination_rows(spark: SparkSession, storage: Storage, manifest: Manifest, label: str) -> NDArray[np.int64]:
+    """How many rows every destination is sent [destinations]: to cut a hub's work into parts before it starts."""
+    number = int(manifest.metadata["destinations"])
+    shares = np.array_split(np.arange(len(manifest.shards)), min(len(manifest.shards), 16))
 
-    Raises DataError if a block is not what was written.
+    def work(task: Task) -> Task:
+        total = np.zeros(number, np.int64)
+        for shard in manifest.shards[task["first"] : task["stop"]]:
+            path = f"{manifest.dataset}/{shard.name}"
+            footer = storage.read_range(path, shard.bytes - number * _ENTRY.itemsize, shard.bytes)
+            total += np.frombuffer(footer, _ENTRY)["rows"]
+        return {"rows": total.tolist()}
+
+    tasks = [{"first": int(share[0]), "stop": int(share[-1]) + 1} for share in shares]
+    counts = np.array([result["rows"] for result in run_tasks(spark, tasks, work, label)], np.int64)
+    total: NDArray[np.int64] = counts.sum(axis=0)
+    return total
+
+
+def gather(
+    storage: Storage, manifest: Manifest, destination: int, schema: pa.Schema, part: int = 0, num_parts: int = 1
+) -> pa.Table:
+    """All rows that were sent to a destination, file after file and in each file's order; or those of one part of it.
+
+    Parts are runs of files. Raises DataError if a block is not what was written.
     """
     number, tables = int(manifest.metadata["destinations"]), []
-    for shard in manifest.shards:
+    num_files = len(manifest.shards)
+    for shard in manifest.shards[part * num_files // num_parts : (part + 1) * num_files // num_parts]:
         path = f"{manifest.dataset}/{shard.name}"
         footer = shard.bytes - number * _ENTRY.itemsize + destination * _ENTRY.itemsize
         try:
@@ -114,6 +136,7 @@ def encode_blocks(table: pa.Table, destinations: NDArray[np.integer], num_destin
         if count:
             block = encode_block(table.slice(start, count))
             entries["crc"][destination] = zlib.crc32(block)
+            entries["rows"][destination] = count
             sink.write(block)
             start += count
         entries["stop"][destination] = sink.tell()

@@ -14,9 +14,12 @@ from pyspark.sql import SparkSession
 from pipeline.contracts.datasets import Lineage, find_manifest
 from pipeline.contracts.errors import DataError
 from pipeline.contracts.storage import Storage
-from pipeline.exchange import decode_block, encode_block, gather, scatter
+from pipeline.exchange import decode_block, destination_rows, encode_block, gather, scatter
 
-SCHEMA = pa.schema([("key", pa.string()), ("id", pa.uint32()), ("time", pa.int64()), ("weight", pa.float32())])
+IDS = pa.list_(pa.uint32())
+SCHEMA = pa.schema(
+    [("key", pa.string()), ("id", pa.uint32()), ("time", pa.int64()), ("weight", pa.float32()), ("ids", IDS)]
+)
 LINEAGE = Lineage("graph", {}, {})
 
 
@@ -29,6 +32,7 @@ def rows(number: int, count: int = 50) -> tuple[pa.Table, np.ndarray]:
             "id": ids,
             "time": generator.integers(-(10**12), 10**12, count),
             "weight": np.ones(count, np.float32) if number % 2 else generator.random(count, np.float32),
+            "ids": pa.array([list(range(number, value % 7)) for value in ids.tolist()], IDS),
         },
         schema=SCHEMA,
     )
@@ -47,6 +51,10 @@ def test_every_row_arrives_once_in_the_order_of_files_and_rows(spark: SparkSessi
     for destination in range(8):
         sent = [table.filter(pa.array(places == destination)) for table, places in map(rows, range(3))]
         assert gather(storage, manifest, destination, SCHEMA).equals(pa.concat_tables(sent).combine_chunks())
+        parts = [gather(storage, manifest, destination, SCHEMA, part, 2) for part in range(2)]
+        assert pa.concat_tables(parts).equals(pa.concat_tables(sent))
+    counts = np.bincount(np.concatenate([places for _, places in map(rows, range(3))]), minlength=8)
+    assert destination_rows(spark, storage, manifest, "test: count").tolist() == counts.tolist()
 
 
 def test_a_restart_makes_only_the_files_that_are_missing(spark: SparkSession, storage: Storage) -> None:
