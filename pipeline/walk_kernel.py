@@ -1,18 +1,19 @@
-"""The walk itself: numpy in, numpy out.
+"""Personalised-PageRank neighbourhoods by random walks, and what the kernels share: numpy in, numpy out.
 
 A walk starts at an item and hops item, user, item: each hop steps to one of the item's users and from there to one of
 that user's items, and counts a visit there. After every hop it ends with the restart probability, and after max_hops in
 any case. The visit counts of an item's walks, without the item itself, estimate its personalised PageRank.
 
-Random numbers are a hash of (seed, item, walk, hop, side): no state, so any item's result is the same in any order, on
-any machine. How many of the walks make hop h is fixed at its expectation instead of drawn, which lowers the variance.
-Cost: two random reads of the graph per hop; memory per call: a hash table of 4 x visits.
+Random numbers are a hash of (seed, item, walk, hop): no state, so an item's row is the same in any order and on any
+machine. How many of the walks make hop h is fixed at its expectation, and the first hop's steps to users are spread
+evenly over the item's edges instead of drawn, which both lower the variance. All walks of several items take a step
+together: their random reads overlap, and those, four per hop, are the cost. Memory per call: visits of a few items.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -23,17 +24,30 @@ from pipeline.contracts.replica import map_lists
 from pipeline.contracts.schemas import ITEM_USERS, USER_ITEMS
 from pipeline.contracts.storage import Storage
 
+_GOLDEN = 0x9E3779B97F4A7C15
+_GOLDEN_32 = 0x9E3779B1  # 2 ** 32 / golden ratio: its multiples are spread evenly over 32 bits, whichever come first
+_LOW_32 = 0xFFFFFFFF
+_BLOCK_WALKS = 2048  # walks that step together: enough to overlap memory reads, few enough to stay in the cache
+_SORTED_DIRECTLY = 128  # rows up to this long are sorted by counting who is ahead of whom
+
 
 @dataclass(frozen=True)
 class BipartiteGraph:
-    """Both directions in compressed rows: indptr int64 [N + 1], ids uint32 and running weights float32 [E]."""
+    """Both directions of the graph in compressed rows; every edge is in both.
+
+    indptr int64 [N + 1], ids uint32 [E]. shares uint32 [E] or, unweighted, [0]: the running share of the row's weight
+    up to and including each edge, in units of 2 ** -32, from -1 up: a row ends with 2 ** 32 - 1. item_ranks uint8: the
+    items' degree_rank [N], or [0] to take it from item_indptr. A user's items must be in random order: any first part
+    of them is then a uniform sample.
+    """
 
     item_indptr: NDArray[np.int64]
     item_users: NDArray[np.uint32]
-    item_weights: NDArray[np.float32]
+    item_shares: NDArray[np.uint32]
     user_indptr: NDArray[np.int64]
     user_items: NDArray[np.uint32]
-    user_weights: NDArray[np.float32]
+    user_shares: NDArray[np.uint32]
+    item_ranks: NDArray[np.uint8]
 
     @classmethod
     def open(cls, storage: Storage, cache: str | None) -> BipartiteGraph:
@@ -42,8 +56,35 @@ class BipartiteGraph:
         for dataset in (ITEM_USERS, USER_ITEMS):
             manifest = open_manifest(storage, dataset)
             arrays += [*map_lists(storage, manifest, "neighbours", cache)]
-            arrays.append(map_lists(storage, manifest, "cumulative_weights", cache)[1])
+            arrays.append(map_lists(storage, manifest, "shares", cache)[1])
+        arrays.append(np.zeros(0, np.uint8))
         return cls(*arrays)
+
+
+class GraphArrays(NamedTuple):
+    """BipartiteGraph as the compiled functions take it."""
+
+    item_indptr: Any
+    item_users: Any
+    item_shares: Any
+    user_indptr: Any
+    user_items: Any
+    user_shares: Any
+    item_ranks: Any
+
+
+class Scratch(NamedTuple):
+    """Memory that is used again for every item; see _scratch."""
+
+    ids: Any
+    adds: Any
+    table: Any
+    used: Any
+    keys: Any
+    names: Any
+    spare_keys: Any
+    spare_names: Any
+    bins: Any
 
 
 def walks_per_hop(num_walks: int, max_hops: int, restart_probability: float) -> NDArray[np.int64]:
@@ -53,28 +94,79 @@ def walks_per_hop(num_walks: int, max_hops: int, restart_probability: float) -> 
 
 
 def visit_counts(
-    graph: BipartiteGraph,
-    items: NDArray[np.integer],
-    per_hop: NDArray[np.int64],
-    num_neighbours: int,
-    seed: int,
-    weighted: bool = False,
+    graph: BipartiteGraph, items: NDArray[np.integer], per_hop: NDArray[np.int64], num_neighbours: int, seed: int
 ) -> tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.int64]]:
-    """The most visited items of each given item.
+    """The most visited items of each given item; weighted if the graph is.
 
-    Returns ids [B, num_neighbours], their visit counts in the same shape, both by count descending and then id, padded
-    with 0, and how many are real [B]. An item without users has none.
+    Returns ids [B, num_neighbours], their visit counts in the same shape, both by count descending, then degree_rank
+    descending, then id, padded with 0, and how many are real [B]. An item without users has none.
     """
-    capacity = 1 << max(4, int(4 * max(int(per_hop.sum()), 1) - 1).bit_length())
-    size = len(items)
-    ids = np.zeros((size, num_neighbours), np.uint32)
-    counts = np.zeros((size, num_neighbours), np.int64)
-    lengths = np.zeros(size, np.int64)
-    _walk_items(
-        np.asarray(items, np.int64), graph.item_indptr, graph.item_users, graph.item_weights, graph.user_indptr,
-        graph.user_items, graph.user_weights, per_hop, np.uint64(seed), weighted, capacity, ids, counts, lengths,
-    )  # fmt: skip
+    ids, counts, lengths = empty_rows(len(items), num_neighbours)
+    _count_visits(graph_arrays(graph), read_only(items, np.int64), per_hop, np.uint64(seed), ids, counts, lengths)
     return ids, counts, lengths
+
+
+def walk_ends(graph: BipartiteGraph, items: NDArray[np.integer], per_hop: NDArray[np.int64], seed: int) -> int:
+    """The steps of visit_counts alone: the sum of all ids visited, for measuring what a step costs."""
+    return int(_sum_visits(graph_arrays(graph), read_only(items, np.int64), per_hop, np.uint64(seed)))
+
+
+def degree_ranks(indptr: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """The degree_rank of every row, uint8 [N]."""
+    ranks: NDArray[np.uint8] = _degree_ranks(read_only(indptr, np.int64))
+    return ranks
+
+
+def graph_arrays(graph: BipartiteGraph) -> GraphArrays:
+    """The graph's arrays, all read-only, so that one compiled version serves memory-mapped graphs and others."""
+    return GraphArrays(*(read_only(getattr(graph, field.name)) for field in fields(graph)))
+
+
+def read_only(array: NDArray[Any], dtype: Any = None) -> NDArray[Any]:
+    """A read-only, contiguous view of an array, or a copy if its type has to change."""
+    view = np.ascontiguousarray(array, dtype).view(np.ndarray)
+    if view.flags.writeable:
+        view = view[:]
+        view.flags.writeable = False
+    return view
+
+
+def empty_rows(size: int, width: int) -> tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.int64]]:
+    """Room for ids [size, width], their scores [size, width], and the rows' lengths [size]."""
+    return np.zeros((size, width), np.uint32), np.zeros((size, width), np.int64), np.zeros(size, np.int64)
+
+
+@numba.njit(cache=True, inline="always")
+def degree_rank(degree: Any) -> Any:
+    """An 8-bit logarithm of a degree: its bit length, then the three bits after the first. Never falls as it grows."""
+    if degree <= 0:
+        return 0
+    if degree >= 1 << 31:
+        return 255
+    length = 0
+    for half in (16, 8, 4, 2, 1):
+        if degree >> (length + half):
+            length += half
+    return ((length + 1) << 3) | (((degree << 3) >> length) & 7)
+
+
+@numba.njit(cache=True, nogil=True)
+def _degree_ranks(indptr: Any) -> Any:
+    ranks = np.empty(len(indptr) - 1, np.uint8)
+    for row in range(len(ranks)):
+        ranks[row] = degree_rank(indptr[row + 1] - indptr[row])
+    return ranks
+
+
+@numba.njit(cache=True, inline="always")
+def rank_of(item: Any, item_ranks: Any, item_indptr: Any) -> Any:
+    """An item's degree_rank, from the ranks if there are any, else from its row."""
+    if len(item_ranks):
+        return np.int64(item_ranks[item])
+    return degree_rank(item_indptr[np.int64(item) + 1] - item_indptr[item])
+
+
+# ------------------------------------------------------------------------------------------------------- steps
 
 
 @numba.njit(cache=True, inline="always")
@@ -86,72 +178,288 @@ def _mix(value: Any) -> Any:
 
 
 @numba.njit(cache=True, inline="always")
-def _pick(start: Any, degree: Any, weights: Any, weighted: Any, random: Any) -> Any:
-    """The place of a random edge of a row: uniform, or in proportion to the edges' weights."""
-    if not weighted:
-        return start + np.int64(((random >> np.uint64(32)) * np.uint64(degree)) >> np.uint64(32))
-    target = np.float64(random >> np.uint64(11)) * (1.0 / 9007199254740992.0) * weights[start + degree - 1]
-    low, high = start, start + degree - 1
-    while low < high:
-        middle = (low + high) // 2
-        if weights[middle] > target:
-            high = middle
-        else:
-            low = middle + 1
-    return low
+def share_at(point: Any, start: Any, degree: Any, shares: Any) -> Any:
+    """The row's first edge whose running share reaches point (32 bits), without a branch to mispredict."""
+    while degree > 1:
+        half = degree >> 1
+        start += half if np.int64(shares[start + half - 1]) < point else 0
+        degree -= half
+    return start
+
+
+@numba.njit(cache=True, inline="always")
+def _pick(point: Any, start: Any, degree: Any, shares: Any, weighted: Any) -> Any:
+    """The place of a row's edge that 32 random bits choose: any alike, or in proportion to weight."""
+    if weighted:
+        return share_at(point, start, degree, shares)
+    return start + ((point * degree) >> 32)
 
 
 @numba.njit(cache=True, nogil=True)
-def _walk_items(
-    items: Any, item_indptr: Any, item_users: Any, item_weights: Any, user_indptr: Any, user_items: Any,
-    user_weights: Any, per_hop: Any, seed: Any, weighted: Any, capacity: Any, ids: Any, counts: Any, lengths: Any,
-) -> None:  # fmt: skip
-    """Walk from each item and keep its top rows; loops, as numba compiles them."""
-    keys = np.zeros(capacity, np.uint64)
-    visits = np.zeros(capacity, np.int64)
-    used = np.zeros(capacity, np.int64)
-    mask = np.uint64(capacity - 1)
-    num_hops = len(per_hop)
-    golden = np.uint64(0x9E3779B97F4A7C15)
-    for place in range(len(items)):
-        item = items[place]
-        if item_indptr[item + 1] == item_indptr[item]:
-            continue
-        stream = _mix(_mix(seed + golden) ^ (np.uint64(item) * golden))
-        num_used = 0
-        for walk in range(per_hop[0]):
-            here = item
-            for hop in range(num_hops):
-                if walk >= per_hop[hop]:
-                    break
-                step = stream + (np.uint64(walk) * np.uint64(num_hops) + np.uint64(hop)) * np.uint64(2)
-                start = item_indptr[here]
-                edge = _pick(start, item_indptr[here + 1] - start, item_weights, weighted, _mix(step))
-                user = item_users[edge]
+def _walk_block(graph: Any, items: Any, per_hop: Any, seed: Any, edges: Any, visits: Any) -> None:
+    """All walks from a few items that have users; visits [items, sum(per_hop)] get the items after hop 1, 2, ...
+
+    Each loop is one of a hop's four reads, for all walks: none waits for another.
+    """
+    indptr, users, user_indptr, user_items = graph.item_indptr, graph.item_users, graph.user_indptr, graph.user_items
+    weighted = len(graph.item_shares) > 0
+    low, golden = np.int64(_LOW_32), np.uint64(_GOLDEN)
+    before, now = 0, 0
+    for hop in range(len(per_hop)):
+        alive = per_hop[hop]
+        for row in range(len(items)):
+            item = items[row]
+            stream = _mix(_mix(seed + golden) ^ (np.uint64(item) * golden))
+            if hop == 0:
+                offset = np.int64(_mix(stream) >> np.uint64(32))
+                start = indptr[item]
+                degree = indptr[item + 1] - start
+                for walk in range(alive):
+                    point = (offset + walk * _GOLDEN_32) & low
+                    edges[row, walk] = _pick(point, start, degree, graph.item_shares, weighted)
+            else:
+                for walk in range(alive):
+                    here = visits[row, before + walk]
+                    start = indptr[here]
+                    degree = indptr[np.int64(here) + 1] - start
+                    counter = np.uint64((hop << 32) + walk + 1)
+                    point = np.int64(_mix(stream + counter * golden) >> np.uint64(32))
+                    edges[row, walk] = _pick(point, start, degree, graph.item_shares, weighted)
+        for row in range(len(items)):
+            for walk in range(alive):
+                edges[row, walk] = users[edges[row, walk]]
+        for row in range(len(items)):
+            stream = _mix(_mix(seed + golden) ^ (np.uint64(items[row]) * golden))
+            for walk in range(alive):
+                user = edges[row, walk]
                 start = user_indptr[user]
-                edge = _pick(start, user_indptr[user + 1] - start, user_weights, weighted, _mix(step + np.uint64(1)))
-                here = np.int64(user_items[edge])
-                if here == item:
-                    continue
-                slot = _mix(np.uint64(here) + golden) & mask
-                while keys[slot] != np.uint64(0) and keys[slot] != np.uint64(here + 1):
-                    slot = (slot + np.uint64(1)) & mask
-                if keys[slot] == np.uint64(0):
-                    keys[slot] = np.uint64(here + 1)
-                    used[num_used] = np.int64(slot)
-                    num_used += 1
-                visits[slot] += 1
-        packed = np.empty(num_used, np.uint64)
-        for k in range(num_used):
-            slot_used = used[k]
-            id_last = np.uint64(0xFFFFFFFF) - (keys[slot_used] - np.uint64(1))
-            packed[k] = (np.uint64(visits[slot_used]) << np.uint64(32)) | id_last
-            keys[slot_used] = np.uint64(0)
-            visits[slot_used] = 0
-        packed.sort()
-        kept = min(num_used, ids.shape[1])
-        lengths[place] = kept
+                degree = user_indptr[user + 1] - start
+                counter = np.uint64((hop << 32) + walk + 1)
+                point = np.int64(_mix(stream + counter * golden)) & low
+                edges[row, walk] = _pick(point, start, degree, graph.user_shares, weighted)
+        for row in range(len(items)):
+            for walk in range(alive):
+                visits[row, now + walk] = user_items[edges[row, walk]]
+        before = now
+        now += alive
+
+
+@numba.njit(cache=True, nogil=True)
+def _with_users(graph: Any, items: Any) -> Any:
+    """Places of the items that have any user."""
+    places = np.empty(len(items), np.int64)
+    count = 0
+    for place in range(len(items)):
+        places[count] = place
+        count += graph.item_indptr[items[place] + 1] > graph.item_indptr[items[place]]
+    return places[:count]
+
+
+@numba.njit(cache=True, nogil=True)
+def _sum_visits(graph: Any, items: Any, per_hop: Any, seed: Any) -> Any:
+    places = _with_users(graph, items)
+    size = max(1, _BLOCK_WALKS // max(per_hop[0], 1))
+    edges = np.empty((size, per_hop[0]), np.int64)
+    visits = np.empty((size, per_hop.sum()), np.uint32)
+    total = 0
+    for first in range(0, len(places), size):
+        block = items[places[first : first + size]]
+        _walk_block(graph, block, per_hop, seed, edges, visits)
+        for row in range(len(block)):
+            for visit in range(visits.shape[1]):
+                total += visits[row, visit]
+    return total
+
+
+@numba.njit(cache=True, nogil=True)
+def _count_visits(graph: Any, items: Any, per_hop: Any, seed: Any, ids: Any, counts: Any, lengths: Any) -> None:
+    places = _with_users(graph, items)
+    size = max(1, _BLOCK_WALKS // max(per_hop[0], 1))
+    edges = np.empty((size, per_hop[0]), np.int64)
+    visits = np.empty((size, per_hop.sum()), np.uint32)
+    scratch = make_scratch(visits.shape[1])
+    scratch.adds[:] = 1
+    for first in range(0, len(places), size):
+        block = items[places[first : first + size]]
+        _walk_block(graph, block, per_hop, seed, edges, visits)
+        for row in range(len(block)):
+            place = places[first + row]
+            lengths[place] = top_sums(
+                visits[row], scratch.adds, visits.shape[1], block[row], graph.item_ranks, graph.item_indptr, scratch,
+                ids[place], counts[place],
+            )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------- sums by id, and the largest
+
+
+@numba.njit(cache=True, nogil=True)
+def make_scratch(size: Any) -> Any:
+    """Scratch for up to size entries of one item."""
+    capacity = 64
+    while capacity < 4 * size:
+        capacity *= 2
+    return Scratch(
+        np.empty(size, np.uint32), np.empty(size, np.uint32), np.zeros(capacity, np.uint64), np.empty(size, np.int64),
+        np.empty(size, np.int64), np.empty(size, np.uint32), np.empty(size, np.int64), np.empty(size, np.uint32),
+        np.empty(2048, np.int64),
+    )  # fmt: skip
+
+
+@numba.njit(cache=True, nogil=True)
+def top_sums(
+    ids: Any, adds: Any, size: Any, skip: Any, item_ranks: Any, item_indptr: Any, scratch: Any, top_ids: Any,
+    top_scores: Any,
+) -> Any:  # fmt: skip
+    """Sum adds by id over the first size entries, and write the largest sums, without the id skip; returns how many.
+
+    By sum descending, then degree_rank descending, then id. adds are at least 1; a sum is below 2 ** 32.
+    """
+    count = _sums(ids, adds, size, skip, scratch)
+    kept = min(count, len(top_ids))
+    if kept:
+        count = _narrow(scratch, count, kept, item_ranks, item_indptr)
+        _sort(scratch, count)
         for k in range(kept):
-            entry = packed[num_used - 1 - k]
-            ids[place, k] = np.uint32(np.uint64(0xFFFFFFFF) - (entry & np.uint64(0xFFFFFFFF)))
-            counts[place, k] = np.int64(entry >> np.uint64(32))
+            top_ids[k] = scratch.names[k]
+            top_scores[k] = scratch.keys[k] >> 8
+    return kept
+
+
+@numba.njit(cache=True, nogil=True)
+def _sums(ids: Any, adds: Any, size: Any, skip: Any, scratch: Any) -> Any:
+    """Sums by id into scratch.keys and scratch.names; returns how many. A slot is sum << 32 | id, 0 if free."""
+    bits = 6
+    while (1 << bits) < 4 * size:
+        bits += 1
+    table, used = scratch.table, scratch.used
+    mask, low, shift = np.uint64((1 << bits) - 1), np.uint64(_LOW_32), np.uint64(32 - min(bits, 32))
+    count = 0
+    for k in range(size):
+        name = np.uint64(ids[k])
+        if np.int64(name) == skip:
+            continue
+        add = np.uint64(adds[k]) << np.uint64(32)
+        slot = ((name * np.uint64(_GOLDEN_32)) & low) >> shift
+        while table[slot] != np.uint64(0) and (table[slot] & low) != name:
+            slot = (slot + np.uint64(1)) & mask
+        found = table[slot]
+        used[count] = np.int64(slot)
+        count += found == np.uint64(0)
+        table[slot] = (found if found != np.uint64(0) else name) + add
+    for k in range(count):
+        found = table[used[k]]
+        table[used[k]] = np.uint64(0)
+        scratch.keys[k] = np.int64(found >> np.uint64(32))
+        scratch.names[k] = np.uint32(found & low)
+    return count
+
+
+@numba.njit(cache=True, nogil=True)
+def _narrow(scratch: Any, count: Any, kept: Any, item_ranks: Any, item_indptr: Any) -> Any:
+    """Drop sums that cannot be among the kept largest; keys become sum << 8 | degree_rank. Returns how many stay."""
+    keys, names = scratch.keys, scratch.names
+    sure, count = _select(scratch, 0, count, kept)
+    for k in range(count):
+        keys[k] = keys[k] << 8 | rank_of(names[k], item_ranks, item_indptr)
+    sure, count = _select(scratch, sure, count, kept)
+    if count > kept + _SORTED_DIRECTLY:  # all undecided ones tie: the smallest ids win
+        key = keys[sure]
+        for k in range(sure, count):
+            keys[k] = -np.int64(names[k])
+        sure, count = _select(scratch, sure, count, kept)
+        for k in range(count):
+            if keys[k] <= 0:
+                keys[k] = key
+    return count
+
+
+@numba.njit(cache=True, nogil=True)
+def _select(scratch: Any, sure: Any, count: Any, kept: Any) -> Any:
+    """Move keys that are surely among the kept largest to the front and drop those that surely are not.
+
+    The first sure ones are. Returns (sure, count): those in between are few, or all equal.
+    """
+    keys, names, spare_keys, spare_names, bins = (
+        scratch.keys, scratch.names, scratch.spare_keys, scratch.spare_names, scratch.bins,
+    )  # fmt: skip
+    while count > kept + 16:
+        low, high = keys[sure], keys[sure]
+        for k in range(sure, count):
+            low, high = min(low, keys[k]), max(high, keys[k])
+        if low == high:
+            break
+        shift = 0
+        while (high - low) >> shift > 255:
+            shift += 1
+        bins[:256] = 0
+        for k in range(sure, count):
+            bins[(keys[k] - low) >> shift] += 1
+        cut, above = 255, sure
+        while above + bins[cut] < kept:
+            above += bins[cut]
+            cut -= 1
+        undecided = 0
+        for k in range(sure, count):
+            key, name = keys[k], names[k]
+            place = (key - low) >> shift
+            spare_keys[undecided] = key
+            spare_names[undecided] = name
+            undecided += place == cut
+            keys[sure] = key
+            names[sure] = name
+            sure += place > cut
+        for k in range(undecided):
+            keys[sure + k] = spare_keys[k]
+            names[sure + k] = spare_names[k]
+        count = sure + undecided
+    return sure, count
+
+
+@numba.njit(cache=True, nogil=True)
+def _sort(scratch: Any, count: Any) -> None:
+    """Sort the first count by key descending, then name ascending."""
+    keys, names, spare_keys, spare_names = scratch.keys, scratch.names, scratch.spare_keys, scratch.spare_names
+    if count > _SORTED_DIRECTLY:
+        _radix_sort(scratch, count)
+        return
+    for i in range(count):
+        key, name = keys[i], names[i]
+        place = 0
+        for j in range(count):
+            place += (keys[j] > key) | ((keys[j] == key) & (names[j] < name))
+        spare_keys[place] = key
+        spare_names[place] = name
+    for k in range(count):
+        keys[k] = spare_keys[k]
+        names[k] = spare_names[k]
+
+
+@numba.njit(cache=True, nogil=True)
+def _radix_sort(scratch: Any, count: Any) -> None:
+    """By name, then by falling key, 11 bits at a time from the lowest; digits that all share are left out."""
+    keys, names, spare_keys, spare_names, bins = (
+        scratch.keys, scratch.names, scratch.spare_keys, scratch.spare_names, scratch.bins,
+    )  # fmt: skip
+    for digit in range(7):
+        by_name = digit < 3
+        shift = 11 * digit if by_name else 11 * (digit - 3)
+        bins[:] = 0
+        for k in range(count):
+            value = np.int64(names[k]) if by_name else ~keys[k]
+            bins[(value >> shift) & 2047] += 1
+        value = np.int64(names[0]) if by_name else ~keys[0]
+        if bins[(value >> shift) & 2047] == count:
+            continue
+        total = 0
+        for k in range(2048):
+            total, bins[k] = total + bins[k], total
+        for k in range(count):
+            value = np.int64(names[k]) if by_name else ~keys[k]
+            place = (value >> shift) & 2047
+            spare_keys[bins[place]] = keys[k]
+            spare_names[bins[place]] = names[k]
+            bins[place] += 1
+        for k in range(count):
+            keys[k] = spare_keys[k]
+            names[k] = spare_names[k]

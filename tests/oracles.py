@@ -28,6 +28,24 @@ def expected_visits(
     return visits
 
 
+def largest(scores: NDArray[np.float64], degrees: NDArray[np.int64], num_kept: int) -> list[tuple[float, int]]:
+    """(score, item) of the largest positive scores: equal ones by 8-bit log of the degree descending, then by id."""
+
+    def rank(degree: int) -> int:
+        length = degree.bit_length()
+        return min(255, 8 * length + ((degree << 3 >> (length - 1)) & 7)) if degree else 0
+
+    found = [(-score, -rank(int(degrees[item])), item) for item, score in enumerate(scores) if score > 0]
+    return [(-score, item) for score, _, item in sorted(found)[:num_kept]]
+
+
+def composed(rows: NDArray[np.float64], item: int, restart_probability: float) -> NDArray[np.float64]:
+    """An item's row [items] plus the rows of its neighbours, each by its weight and the chance to go on."""
+    scores = rows[item] + (1.0 - restart_probability) * (rows[item] @ rows)
+    scores[item] = 0.0
+    return np.asarray(scores)
+
+
 def successors(events: list[tuple[int, int, int]], window: int, max_gap: int) -> Counter[tuple[int, int]]:
     """Pairs (query, positive) of (user, item, time) events in order: each event with the user's next `window` ones."""
     found: Counter[tuple[int, int]] = Counter()

@@ -13,16 +13,29 @@ from numpy.typing import NDArray
 from pipeline.walk_kernel import BipartiteGraph
 
 
-def compressed(adjacency: NDArray[np.float64]) -> BipartiteGraph:
-    """A dense [items, users] weight matrix as the kernel's graph."""
+def compressed(adjacency: NDArray[np.float64], weighted: bool = False, seed: int = 0) -> BipartiteGraph:
+    """A dense [items, users] weight matrix as the kernel's graph, users' items shuffled by seed."""
+    generator = np.random.default_rng(seed)
 
-    def rows(matrix: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]]:
-        indptr = np.concatenate([[0], np.cumsum((matrix > 0).sum(axis=1))]).astype(np.int64)
-        ids = np.concatenate([np.flatnonzero(row) for row in matrix]).astype(np.uint32)
-        weights = np.concatenate([np.cumsum(row[row > 0]) for row in matrix]).astype(np.float32)
-        return indptr, ids, weights
+    def rows(
+        matrix: NDArray[np.float64], shuffled: bool
+    ) -> tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.uint32]]:
+        ids = [np.flatnonzero(row) for row in matrix]
+        if shuffled:
+            ids = [generator.permutation(row) for row in ids]
+        indptr = np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int64)
+        shares = [running_shares(row[columns]) for row, columns in zip(matrix, ids, strict=True)] if weighted else []
+        empty = np.zeros(0, np.uint32)
+        return indptr, np.concatenate([empty, *ids]).astype(np.uint32), np.concatenate([empty, *shares])
 
-    return BipartiteGraph(*rows(adjacency), *rows(adjacency.T))
+    return BipartiteGraph(*rows(adjacency, False), *rows(adjacency.T, True), np.zeros(0, np.uint8))
+
+
+def running_shares(weights: NDArray[np.float64]) -> NDArray[np.uint32]:
+    """Each edge's running share of its row's weight, in units of 2 ** -32, the last one's 2 ** 32 - 1."""
+    running = np.cumsum(weights) / np.maximum(weights.sum(), 1e-300)
+    shares: NDArray[np.uint32] = np.clip(np.round(running * 2.0**32) - 1, 0, 2**32 - 1).astype(np.uint32)
+    return shares
 
 
 def write_shop(
@@ -71,7 +84,7 @@ def shop_settings(folder: Path, run: Path, **task: Any) -> dict[str, Any]:
         "data": data,
         "features": {"text_dimensions": 16, "text_buckets": 1024},
         "walks": {"num_neighbours": 10, "num_walks": 100},
-        "pairs": {"num_hard_negatives": 5, "num_walks": 200},
+        "pairs": {"num_hard_negatives": 5},
         "model": {"hidden_dimensions": 16, "output_dimensions": 8},
         "training": {"epochs": 2, "batch_size": 64},
         "index": {"num_queries": 20},

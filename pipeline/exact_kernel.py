@@ -1,0 +1,242 @@
+"""Personalised-PageRank neighbourhoods by reading the graph instead of walking on it: numpy in, numpy out.
+
+`exact_neighbours` sums the first item-user-item hop of an item: each of its users passes the item's share on to that
+user's items. A budget bounds the entries read: long lists are cut, and stand for the rest as users' lists are in random
+order. `compose` adds longer hops: the rows of an item's nearest items, each by its weight (Jeh and Widom 2003).
+
+Scores are integer sums, in units of 2 ** -30 of an item's mass, so no order of reading changes a byte. A row depends on
+the item's users, their degrees up to the budget, and the parts of their lists that are read, on nothing else.
+Cost: one sequential read per user, one add to a small table per entry. Memory per call: a few times the budget.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.walk_kernel import (
+    BipartiteGraph,
+    empty_rows,
+    graph_arrays,
+    make_scratch,
+    read_only,
+    share_at,
+    top_sums,
+)
+
+_MAX_USERS = 1024  # of one item that are read: an item with more is a hub, and those stand for the others
+_ONE = 1 << 30  # an item's whole mass
+_NO_RANKS = np.zeros(0, np.uint8)
+_NO_INDPTR = np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of neighbours by item id, heaviest first: indptr int64 [N + 1], ids uint32 [E], weights float32 [E]."""
+
+    indptr: NDArray[np.int64]
+    ids: NDArray[np.uint32]
+    weights: NDArray[np.float32]
+
+
+def exact_neighbours(
+    graph: BipartiteGraph,
+    items: NDArray[np.integer],
+    num_neighbours: int,
+    entry_budget: int,
+    levels: NDArray[np.int64] | None = None,
+) -> tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.int64]]:
+    """The items that one hop from each given item most likely ends at; weighted if the graph is.
+
+    Each user's list is read up to the item's level, which prefix_lengths gives and levels may repeat, for a graph whose
+    lists are cut there. Returns ids [B, num_neighbours], scores in the same shape, both by score descending, then
+    degree_rank descending, then id, padded with 0, and how many are real [B].
+    """
+    ids, scores, lengths = empty_rows(len(items), num_neighbours)
+    levels = read_only(_NO_INDPTR if levels is None else levels, np.int64)
+    _exact_rows(graph_arrays(graph), read_only(items, np.int64), entry_budget, levels, ids, scores, lengths)
+    return ids, scores, lengths
+
+
+def prefix_lengths(graph: BipartiteGraph, items: NDArray[np.integer], entry_budget: int) -> NDArray[np.int64]:
+    """How far each item reads its users' lists [B]: the level of water_level; needs no list of the graph."""
+    levels = np.zeros(len(items), np.int64)
+    _levels(graph_arrays(graph), read_only(items, np.int64), entry_budget, levels)
+    return levels
+
+
+def compose(
+    rows: Rows,
+    items: NDArray[np.integer],
+    num_rows: int,
+    width: int,
+    restart_probability: float,
+    num_neighbours: int,
+    item_ranks: NDArray[np.uint8] | None = None,
+    item_indptr: NDArray[np.int64] | None = None,
+) -> tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.int64]]:
+    """Each item's row, and the rows of its heaviest neighbours times their weight: one hop more than rows have.
+
+    score(i) = row_i + (1 - restart_probability) * sum over the num_rows first j of row_i of w_ij * row_j[:width].
+    The tie-break takes degree_rank from item_ranks uint8 [N] or else from the graph's item_indptr. Returns as
+    exact_neighbours; the scores of a whole row sum to up to 2 - restart_probability.
+    """
+    ids, scores, lengths = empty_rows(len(items), num_neighbours)
+    _compose_rows(
+        read_only(rows.indptr), read_only(rows.ids), read_only(rows.weights), read_only(items, np.int64), num_rows,
+        width, 1.0 - restart_probability, read_only(_NO_RANKS if item_ranks is None else item_ranks),
+        read_only(_NO_INDPTR if item_indptr is None else item_indptr), ids, scores, lengths,
+    )  # fmt: skip
+    return ids, scores, lengths
+
+
+@numba.njit(cache=True, nogil=True)
+def water_level(degrees: Any, entry_budget: Any) -> Any:
+    """The largest L with sum(min(degrees, L)) <= entry_budget, but at least 1; entry_budget itself if all fit."""
+    low, high = 1, entry_budget + 1
+    while high - low > 1:
+        level = (low + high) >> 1
+        total = 0
+        for degree in degrees:
+            total += min(degree, level)
+        if total <= entry_budget:
+            low = level
+        else:
+            high = level
+    return low
+
+
+@numba.njit(cache=True, nogil=True)
+def _read_users(graph: Any, item: Any, entry_budget: Any, users: Any, shares: Any, degrees: Any) -> Any:
+    """The item's users, each's share of its mass in units of 2 ** -32, and their degrees; returns how many.
+
+    A hub's are every so manyth, by share if weighted: a user met twice counts twice.
+    """
+    start = graph.item_indptr[item]
+    degree = graph.item_indptr[item + 1] - start
+    limit = min(len(users), entry_budget)
+    weighted = len(graph.item_shares) > 0
+    count = 0
+    if degree <= limit:
+        before = np.int64(-1)
+        for k in range(degree):
+            users[k] = graph.item_users[start + k]
+            if weighted:
+                reached = np.int64(graph.item_shares[start + k])
+                shares[k] = reached - before
+                before = reached
+            else:
+                shares[k] = (1 << 32) // degree
+        count = degree
+    else:
+        last = np.int64(-1)
+        for k in range(limit):
+            if weighted:
+                edge = share_at(((2 * k + 1) << 31) // limit, start, degree, graph.item_shares)
+            else:
+                edge = start + (2 * k + 1) * degree // (2 * limit)
+            if edge == last:
+                shares[count - 1] += (1 << 32) // limit
+            else:
+                users[count] = graph.item_users[edge]
+                shares[count] = (1 << 32) // limit
+                count += 1
+            last = edge
+    for k in range(count):
+        degrees[k] = graph.user_indptr[users[k] + 1] - graph.user_indptr[users[k]]
+    return count
+
+
+@numba.njit(cache=True, nogil=True)
+def _levels(graph: Any, items: Any, entry_budget: Any, levels: Any) -> None:
+    users, shares, degrees = (
+        np.empty(_MAX_USERS, np.int64),
+        np.empty(_MAX_USERS, np.int64),
+        np.empty(_MAX_USERS, np.int64),
+    )
+    for place in range(len(items)):
+        count = _read_users(graph, items[place], entry_budget, users, shares, degrees)
+        levels[place] = water_level(degrees[:count], entry_budget)
+
+
+@numba.njit(cache=True, nogil=True)
+def _exact_rows(graph: Any, items: Any, entry_budget: Any, levels: Any, ids: Any, scores: Any, lengths: Any) -> None:
+    users, shares, degrees = (
+        np.empty(_MAX_USERS, np.int64),
+        np.empty(_MAX_USERS, np.int64),
+        np.empty(_MAX_USERS, np.int64),
+    )
+    scratch = make_scratch(min(entry_budget, 4096))
+    for place in range(len(items)):
+        item = items[place]
+        count = _read_users(graph, item, entry_budget, users, shares, degrees)
+        level = levels[place] if len(levels) else water_level(degrees[:count], entry_budget)
+        size = 0
+        for k in range(count):
+            size += min(degrees[k], level)
+        if size > len(scratch.ids):
+            scratch = make_scratch(2 * size)
+        size = 0
+        for k in range(count):
+            start = graph.user_indptr[users[k]]
+            size = _read_list(graph, start, min(degrees[k], level), shares[k], scratch, size)
+        lengths[place] = top_sums(
+            scratch.ids, scratch.adds, size, item, graph.item_ranks, graph.item_indptr, scratch, ids[place],
+            scores[place],
+        )  # fmt: skip
+
+
+@numba.njit(cache=True, nogil=True)
+def _read_list(graph: Any, start: Any, length: Any, share: Any, scratch: Any, size: Any) -> Any:
+    """Append length entries of a user's list, each with its part of the user's share; returns the new size."""
+    if length <= 0:
+        return size
+    for k in range(length):
+        scratch.ids[size + k] = graph.user_items[start + k]
+    if len(graph.user_shares):
+        reached = np.int64(graph.user_shares[start + length - 1]) + 1
+        unit = share * (_ONE / 4294967296.0) / reached
+        before = np.int64(-1)
+        for k in range(length):
+            reached = np.int64(graph.user_shares[start + k])
+            scratch.adds[size + k] = max(np.int64((reached - before) * unit + 0.5), 1)
+            before = reached
+    else:
+        add = max((share >> 2) // length, 1)
+        for k in range(length):
+            scratch.adds[size + k] = add
+    return size + length
+
+
+@numba.njit(cache=True, nogil=True)
+def _compose_rows(
+    indptr: Any, row_ids: Any, weights: Any, items: Any, num_rows: Any, width: Any, going_on: Any, item_ranks: Any,
+    item_indptr: Any, ids: Any, scores: Any, lengths: Any,
+) -> None:  # fmt: skip
+    scratch = make_scratch(4096)
+    for place in range(len(items)):
+        item = items[place]
+        start, stop = indptr[item], indptr[item + 1]
+        size = stop - start
+        used = min(num_rows, size)
+        needed = size + used * width
+        if needed > len(scratch.ids):
+            scratch = make_scratch(2 * needed)
+        for k in range(size):
+            scratch.ids[k] = row_ids[start + k]
+            scratch.adds[k] = max(np.int64(weights[start + k] * _ONE + 0.5), 1)
+        for j in range(used):
+            factor = going_on * np.float64(weights[start + j]) * _ONE
+            other = indptr[row_ids[start + j]]
+            length = min(width, indptr[np.int64(row_ids[start + j]) + 1] - other)
+            for k in range(length):
+                scratch.ids[size + k] = row_ids[other + k]
+                scratch.adds[size + k] = max(np.int64(factor * weights[other + k] + 0.5), 1)
+            size += length
+        lengths[place] = top_sums(
+            scratch.ids, scratch.adds, size, item, item_ranks, item_indptr, scratch, ids[place], scores[place]
+        )
