@@ -29,18 +29,26 @@ from pipeline.walk_kernel import (
 )
 
 _MAX_USERS = 1024  # of one item that are read: an item with more is a hub, and those stand for the others
-_ONE = 1 << 30  # an item's whole mass
+ONE = 1 << 30
+"""An item's whole mass, in the units of scores."""
+Found = tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.int64]]
+"""ids [B, T], their scores [B, T], and how many of each row are real [B]; the rest is 0."""
+_NO_IDS = np.zeros(0, np.uint32)
 _NO_RANKS = np.zeros(0, np.uint8)
 _NO_INDPTR = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of neighbours by item id, heaviest first: indptr int64 [N + 1], ids uint32 [E], weights float32 [E]."""
+    """Rows of neighbours, heaviest first: indptr int64 [N + 1], ids uint32 [E], weights float32 [E].
+
+    Row r is item r's, or, in a table of some items, that of items[r]: their ids uint32 [N], ascending.
+    """
 
     indptr: NDArray[np.int64]
     ids: NDArray[np.uint32]
     weights: NDArray[np.float32]
+    items: NDArray[np.uint32] | None = None
 
 
 def exact_neighbours(
@@ -49,7 +57,7 @@ def exact_neighbours(
     num_neighbours: int,
     entry_budget: int,
     levels: NDArray[np.int64] | None = None,
-) -> tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.int64]]:
+) -> Found:
     """The items that one hop from each given item most likely ends at; weighted if the graph is.
 
     Each user's list is read up to the item's level, which prefix_lengths gives and levels may repeat, for a graph whose
@@ -62,11 +70,16 @@ def exact_neighbours(
     return ids, scores, lengths
 
 
-def prefix_lengths(graph: BipartiteGraph, items: NDArray[np.integer], entry_budget: int) -> NDArray[np.int64]:
-    """How far each item reads its users' lists [B]: the level of water_level; needs no list of the graph."""
-    levels = np.zeros(len(items), np.int64)
-    _levels(graph_arrays(graph), read_only(items, np.int64), entry_budget, levels)
-    return levels
+def prefix_lengths(
+    graph: BipartiteGraph, items: NDArray[np.integer], entry_budget: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """How far each item reads its users' lists [B], the level of water_level, and how far each user's is read [M].
+
+    Needs no list of the graph, only their lengths.
+    """
+    levels, needed = np.zeros(len(items), np.int64), np.zeros(len(graph.user_indptr) - 1, np.int64)
+    _levels(graph_arrays(graph), read_only(items, np.int64), entry_budget, levels, needed)
+    return levels, needed
 
 
 def compose(
@@ -78,17 +91,22 @@ def compose(
     num_neighbours: int,
     item_ranks: NDArray[np.uint8] | None = None,
     item_indptr: NDArray[np.int64] | None = None,
-) -> tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.int64]]:
+    own: Found | None = None,
+) -> Found:
     """Each item's row, and the rows of its heaviest neighbours times their weight: one hop more than rows have.
 
     score(i) = row_i + (1 - restart_probability) * sum over the num_rows first j of row_i of w_ij * row_j[:width].
-    The tie-break takes degree_rank from item_ranks uint8 [N] or else from the graph's item_indptr. Returns as
+    row_i is taken from own, as exact_neighbours gives it, or else from rows. The tie-break takes degree_rank from
+    item_ranks uint8 [N] or else from the graph's item_indptr. Returns as
     exact_neighbours; the scores of a whole row sum to up to 2 - restart_probability.
     """
     ids, scores, lengths = empty_rows(len(items), num_neighbours)
+    own_ids, own_scores, own_lengths = empty_rows(0, 0) if own is None else own
     _compose_rows(
-        read_only(rows.indptr), read_only(rows.ids), read_only(rows.weights), read_only(items, np.int64), num_rows,
-        width, 1.0 - restart_probability, read_only(_NO_RANKS if item_ranks is None else item_ranks),
+        read_only(rows.indptr), read_only(rows.ids), read_only(rows.weights),
+        read_only(_NO_IDS if rows.items is None else rows.items), read_only(own_ids), read_only(own_scores),
+        read_only(own_lengths), read_only(items, np.int64), num_rows, width, 1.0 - restart_probability,
+        read_only(_NO_RANKS if item_ranks is None else item_ranks),
         read_only(_NO_INDPTR if item_indptr is None else item_indptr), ids, scores, lengths,
     )  # fmt: skip
     return ids, scores, lengths
@@ -116,8 +134,8 @@ def _read_users(graph: Any, item: Any, entry_budget: Any, users: Any, shares: An
 
     A hub's are every so manyth, by share if weighted: a user met twice counts twice.
     """
-    start = graph.item_indptr[item]
-    degree = graph.item_indptr[item + 1] - start
+    start = graph.item_indptr[item - graph.first_item]
+    degree = graph.item_indptr[item - graph.first_item + 1] - start
     limit = min(len(users), entry_budget)
     weighted = len(graph.item_shares) > 0
     count = 0
@@ -152,7 +170,7 @@ def _read_users(graph: Any, item: Any, entry_budget: Any, users: Any, shares: An
 
 
 @numba.njit(cache=True, nogil=True)
-def _levels(graph: Any, items: Any, entry_budget: Any, levels: Any) -> None:
+def _levels(graph: Any, items: Any, entry_budget: Any, levels: Any, needed: Any) -> None:
     users, shares, degrees = (
         np.empty(_MAX_USERS, np.int64),
         np.empty(_MAX_USERS, np.int64),
@@ -161,6 +179,8 @@ def _levels(graph: Any, items: Any, entry_budget: Any, levels: Any) -> None:
     for place in range(len(items)):
         count = _read_users(graph, items[place], entry_budget, users, shares, degrees)
         levels[place] = water_level(degrees[:count], entry_budget)
+        for k in range(count):
+            needed[users[k]] = max(needed[users[k]], min(degrees[k], levels[place]))
 
 
 @numba.njit(cache=True, nogil=True)
@@ -199,7 +219,7 @@ def _read_list(graph: Any, start: Any, length: Any, share: Any, scratch: Any, si
         scratch.ids[size + k] = graph.user_items[start + k]
     if len(graph.user_shares):
         reached = np.int64(graph.user_shares[start + length - 1]) + 1
-        unit = share * (_ONE / 4294967296.0) / reached
+        unit = share * (ONE / 4294967296.0) / reached
         before = np.int64(-1)
         for k in range(length):
             reached = np.int64(graph.user_shares[start + k])
@@ -212,27 +232,54 @@ def _read_list(graph: Any, start: Any, length: Any, share: Any, scratch: Any, si
     return size + length
 
 
+@numba.njit(cache=True, inline="always")
+def _row_of(item: Any, known: Any) -> Any:
+    """The row of an item in a table of all items (known is empty) or of some; -1 if it is not there."""
+    if len(known) == 0:
+        return np.int64(item)
+    low, high = 0, len(known)
+    while low < high:
+        middle = (low + high) >> 1
+        if known[middle] < item:
+            low = middle + 1
+        else:
+            high = middle
+    return low if low < len(known) and known[low] == item else -1
+
+
 @numba.njit(cache=True, nogil=True)
 def _compose_rows(
-    indptr: Any, row_ids: Any, weights: Any, items: Any, num_rows: Any, width: Any, going_on: Any, item_ranks: Any,
-    item_indptr: Any, ids: Any, scores: Any, lengths: Any,
+    indptr: Any, row_ids: Any, weights: Any, known: Any, own_ids: Any, own_scores: Any, own_lengths: Any, items: Any,
+    num_rows: Any, width: Any, going_on: Any, item_ranks: Any, item_indptr: Any, ids: Any, scores: Any, lengths: Any,
 ) -> None:  # fmt: skip
     scratch = make_scratch(4096)
     for place in range(len(items)):
-        item = items[place]
-        start, stop = indptr[item], indptr[item + 1]
-        size = stop - start
+        item, start, size = items[place], 0, 0
+        if len(own_lengths):
+            size = own_lengths[place]
+        else:
+            row = _row_of(item, known)
+            if row >= 0:
+                start = indptr[row]
+                size = indptr[row + 1] - start
         used = min(num_rows, size)
         needed = size + used * width
         if needed > len(scratch.ids):
             scratch = make_scratch(2 * needed)
         for k in range(size):
-            scratch.ids[k] = row_ids[start + k]
-            scratch.adds[k] = max(np.int64(weights[start + k] * _ONE + 0.5), 1)
+            if len(own_lengths):
+                scratch.ids[k] = own_ids[place, k]
+                scratch.adds[k] = own_scores[place, k]
+            else:
+                scratch.ids[k] = row_ids[start + k]
+                scratch.adds[k] = max(np.int64(weights[start + k] * ONE + 0.5), 1)
         for j in range(used):
-            factor = going_on * np.float64(weights[start + j]) * _ONE
-            other = indptr[row_ids[start + j]]
-            length = min(width, indptr[np.int64(row_ids[start + j]) + 1] - other)
+            row = _row_of(np.int64(scratch.ids[j]), known)
+            if row < 0:
+                continue
+            factor = going_on * np.float64(scratch.adds[j])
+            other = indptr[row]
+            length = min(width, indptr[row + 1] - other)
             for k in range(length):
                 scratch.ids[size + k] = row_ids[other + k]
                 scratch.adds[size + k] = max(np.int64(factor * weights[other + k] + 0.5), 1)

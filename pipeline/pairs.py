@@ -1,8 +1,8 @@
-"""Training pairs, and every item's hard negatives.
+"""Training pairs, and every query's hard negatives.
 
 Reads INTERACTIONS, ITEMS and the graph; writes PAIRS (items that one user touched one after the other in the training
-period) and HARD_NEGATIVES (items drawn from a range of PPR ranks: near, but not nearest). One shard per task; nothing
-is shuffled, as interactions are stored in the users' order.
+period) and HARD_NEGATIVES (items drawn from a range of PPR ranks: near, but not nearest; empty for items that are no
+query). One shard per task; pairs need no shuffle, as interactions are stored in the users' order.
 """
 
 from __future__ import annotations
@@ -15,21 +15,38 @@ from pyspark.sql import SparkSession
 
 from pipeline.contracts import schemas
 from pipeline.contracts.config import Pairs, Settings
-from pipeline.contracts.datasets import Lineage, begin, commit, lists_to_arrow, open_manifest, read_shard
+from pipeline.contracts.datasets import (
+    Lineage,
+    Manifest,
+    begin,
+    commit,
+    finished_manifest,
+    lists_to_arrow,
+    open_manifest,
+    read_shard,
+)
 from pipeline.contracts.errors import DataError
-from pipeline.contracts.sharding import count_shards, shard_bounds, stage_seed
+from pipeline.contracts.sharding import shard_of, stage_seed
 from pipeline.contracts.storage import Storage
+from pipeline.exchange import gather, scatter
+from pipeline.neighbourhoods import Neighbourhoods, choose
 from pipeline.spark import make_shards
-from pipeline.walk_kernel import BipartiteGraph, visit_counts, walks_per_hop
 
 _BLOCK = 1024
-"""Items walked at once when ranking for hard negatives: bounds memory to this many rows of ranks."""
+"""Queries ranked at once: bounds memory to this many rows of ranks."""
+_QUERIES = pa.schema([("query", pa.uint32())])
+_NONE = np.zeros(0, np.uint32)
 
 
 def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Lineage) -> None:
     """Write the pairs, then the hard negatives."""
-    for dataset in schemas.PAIRS_STAGE.writes:
-        begin(storage, dataset)
+    if finished_manifest(storage, schemas.PAIRS, lineage) is None:
+        _store_pairs(spark, storage, settings, lineage)
+    _store_hard_negatives(spark, storage, settings, lineage)
+
+
+def _store_pairs(spark: SparkSession, storage: Storage, settings: Settings, lineage: Lineage) -> None:
+    begin(storage, schemas.PAIRS)
     pairs_settings = settings.task.pairs
     interactions = open_manifest(storage, schemas.INTERACTIONS)
 
@@ -46,7 +63,6 @@ def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Line
             "training period; give interactions with longer histories, or another column as user"
         )
     commit(storage, schemas.PAIRS, shards, lineage, {"pairs": num_pairs})
-    _store_hard_negatives(spark, storage, settings, lineage)
 
 
 def consecutive_pairs(interactions: pa.Table, window: int, max_gap_seconds: int) -> pa.Table:
@@ -77,48 +93,67 @@ def rank_range(pairs: Pairs, num_neighbours: int, num_items: int) -> tuple[int, 
     return min(num_neighbours, last // 2), last
 
 
-def hard_negatives(
-    graph: BipartiteGraph, start: int, stop: int, ranks: tuple[int, int], per_hop: NDArray[np.int64], count: int,
-    seed: int, weighted: bool,
-) -> pa.Table:  # fmt: skip
-    """HARD_NEGATIVES rows of items [start, stop): up to count items drawn without replacement from the PPR ranks.
+def drawn(
+    ids: NDArray[np.uint32], lengths: NDArray[np.int64], items: NDArray[np.int64], first: int, count: int, seed: int
+) -> list[NDArray[np.uint32]]:
+    """Of each item's ranked items [B, high], up to count drawn without replacement from rank first on, sorted.
 
-    An item that its walks do not reach that deep has those that exist; the draws depend on seed and item alone.
+    An item whose ranking does not reach that deep has those that exist; the draws depend on seed and item alone.
     """
-    rows: list[NDArray[np.uint32]] = []
-    low, high = ranks
-    for block in range(start, stop, _BLOCK):
-        items = np.arange(block, min(block + _BLOCK, stop))
-        ids, _, lengths = visit_counts(graph, items, per_hop, high, seed, weighted)
-        for place, item in enumerate(items):
-            candidates = ids[place, low : lengths[place]]
-            if len(candidates) > count:
-                generator = np.random.default_rng([seed, int(item)])
-                candidates = generator.choice(candidates, count, replace=False)
-            rows.append(np.sort(candidates))
-    indptr = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
-    values = np.concatenate(rows) if rows else np.zeros(0, np.uint32)
-    return pa.table(
-        {"id": pa.array(np.arange(start, stop), pa.uint32()), "negatives": lists_to_arrow(indptr, values)},
-        schema=schemas.HARD_NEGATIVES.arrow,
-    )
+    rows = []
+    for place, item in enumerate(items.tolist()):
+        candidates = ids[place, first : lengths[place]]
+        if len(candidates) > count:
+            candidates = np.random.default_rng([seed, item]).choice(candidates, count, replace=False)
+        rows.append(np.sort(candidates))
+    return rows
 
 
 def _store_hard_negatives(spark: SparkSession, storage: Storage, settings: Settings, lineage: Lineage) -> None:
-    num_items = open_manifest(storage, schemas.ITEM_USERS).num_rows
-    # A stream of their own: with the walks stage's seed the first walks would be those that made the neighbours.
-    cache, seed = settings.resources.cache, stage_seed(settings.task.seed, schemas.PAIRS_STAGE.name)
-    walks, pairs = settings.task.walks, settings.task.pairs
-    num_shards = count_shards(num_items, settings.resources.rows_per_shard)
-    ranks = rank_range(pairs, walks.num_neighbours, num_items)
-    count = pairs.num_hard_negatives
-    per_hop = walks_per_hop(pairs.num_walks if count else 0, walks.max_hops, walks.restart_probability)
+    """Rank by composing every query's whole first hop with rows of its nearest items; draw from the ranks."""
+    pairs, seed = settings.task.pairs, stage_seed(settings.task.seed, schemas.PAIRS_STAGE.name)
+    near = Neighbourhoods(
+        spark, storage, settings, lineage, schemas.PAIRS_STAGE.name + "-ranking",
+        choose(storage, settings.resources).strategy,
+    )  # fmt: skip
+    first, high = rank_range(pairs, settings.task.walks.num_neighbours, near.num_items)
+    count, bounds = pairs.num_hard_negatives, near.bounds
+    asked = _queries(spark, storage, lineage, near)
+    hop = composed = None
+    if count:
+        hop = near.first_hop()
+        composed = near.composed(near.store_rows(pairs.compose_width), pairs.compose_rows, pairs.compose_width)
 
     def make(shard: int) -> pa.Table:
-        graph = BipartiteGraph.open(storage, cache)
-        bounds = shard_bounds(num_items, num_shards, shard)
-        return hard_negatives(graph, *bounds, ranks, per_hop, count, seed, walks.weighted)
+        start, stop = bounds(shard)
+        rows = [_NONE] * (stop - start)
+        if hop is not None and composed is not None:
+            nearest, compose = hop(shard), composed(shard)
+            queries = gather(storage, asked, shard, _QUERIES).column("query").to_numpy()
+            queries = np.unique(queries).astype(np.int64)
+            for low in range(0, len(queries), _BLOCK):
+                items = queries[low : low + _BLOCK]
+                ids, _, lengths = compose(items, high, nearest(items, high))
+                for item, row in zip(items.tolist(), drawn(ids, lengths, items, first, count, seed), strict=True):
+                    rows[item - start] = row
+        indptr = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
+        values = np.concatenate(rows)
+        ids = pa.array(np.arange(start, stop), pa.uint32())
+        return pa.table({"id": ids, "negatives": lists_to_arrow(indptr, values)}, schema=schemas.HARD_NEGATIVES.arrow)
 
-    shards = make_shards(spark, storage, schemas.HARD_NEGATIVES, lineage, num_shards, make, "pairs: hard negatives")
-    metadata = {"first_rank": ranks[0] + 1, "last_rank": ranks[1], "negatives_per_item": count}
-    commit(storage, schemas.HARD_NEGATIVES, shards, lineage, metadata)
+    metadata = {"first_rank": first + 1, "last_rank": high, "negatives_per_item": count}
+    near.store(schemas.HARD_NEGATIVES, make, "pairs: hard negatives", metadata)
+    near.clean()
+
+
+def _queries(spark: SparkSession, storage: Storage, lineage: Lineage, near: Neighbourhoods) -> Manifest:
+    """The queries of all pairs, at the shards of items that own them."""
+    pairs = open_manifest(storage, schemas.PAIRS)
+    num_items, num_shards = near.num_items, near.num_shards
+
+    def make(shard: int) -> tuple[pa.Table, NDArray[np.int64]]:
+        queries = np.unique(read_shard(storage, pairs, shard, ["query"]).column("query").to_numpy())
+        return pa.table({"query": queries}, schema=_QUERIES), shard_of(queries, num_items, num_shards)
+
+    name = near.scratch("queries")
+    return scatter(spark, storage, name, lineage, len(pairs.shards), make, num_shards, "pairs: queries")

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from pipeline.contracts.datasets import open_manifest
 from pipeline.contracts.replica import map_lists
-from pipeline.contracts.schemas import ITEM_USERS, USER_ITEMS
+from pipeline.contracts.schemas import ITEM_USERS, USER_ITEMS, Dataset
 from pipeline.contracts.storage import Storage
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -38,7 +38,7 @@ class BipartiteGraph:
     indptr int64 [N + 1], ids uint32 [E]. shares uint32 [E] or, unweighted, [0]: the running share of the row's weight
     up to and including each edge, in units of 2 ** -32, from -1 up: a row ends with 2 ** 32 - 1. item_ranks uint8: the
     items' degree_rank [N], or [0] to take it from item_indptr. A user's items must be in random order: any first part
-    of them is then a uniform sample.
+    of them is then a uniform sample. A graph may hold the lists of a run of items: first_item is the first's id.
     """
 
     item_indptr: NDArray[np.int64]
@@ -48,17 +48,18 @@ class BipartiteGraph:
     user_items: NDArray[np.uint32]
     user_shares: NDArray[np.uint32]
     item_ranks: NDArray[np.uint8]
+    first_item: int = 0
 
     @classmethod
     def open(cls, storage: Storage, cache: str | None) -> BipartiteGraph:
         """This host's memory-mapped copy of the run's graph, made if it is not there yet."""
-        arrays: list[NDArray[Any]] = []
-        for dataset in (ITEM_USERS, USER_ITEMS):
+
+        def lists(dataset: Dataset) -> tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.uint32]]:
             manifest = open_manifest(storage, dataset)
-            arrays += [*map_lists(storage, manifest, "neighbours", cache)]
-            arrays.append(map_lists(storage, manifest, "shares", cache)[1])
-        arrays.append(np.zeros(0, np.uint8))
-        return cls(*arrays)
+            shares = map_lists(storage, manifest, "shares", cache)[1]
+            return *map_lists(storage, manifest, "neighbours", cache), shares
+
+        return cls(*lists(ITEM_USERS), *lists(USER_ITEMS), np.zeros(0, np.uint8))
 
 
 class GraphArrays(NamedTuple):
@@ -71,6 +72,7 @@ class GraphArrays(NamedTuple):
     user_items: Any
     user_shares: Any
     item_ranks: Any
+    first_item: Any
 
 
 class Scratch(NamedTuple):
@@ -119,7 +121,8 @@ def degree_ranks(indptr: NDArray[np.int64]) -> NDArray[np.uint8]:
 
 def graph_arrays(graph: BipartiteGraph) -> GraphArrays:
     """The graph's arrays, all read-only, so that one compiled version serves memory-mapped graphs and others."""
-    return GraphArrays(*(read_only(getattr(graph, field.name)) for field in fields(graph)))
+    arrays = (getattr(graph, field.name) for field in fields(graph))
+    return GraphArrays(*(read_only(a) if isinstance(a, np.ndarray) else np.int64(a) for a in arrays))
 
 
 def read_only(array: NDArray[Any], dtype: Any = None) -> NDArray[Any]:

@@ -20,12 +20,15 @@ PACKAGES = ("pipeline", "pipeline.contracts", "model", "jobs")
 # Modules of `pipeline` that are no stage but a stage's inner part, and the modules that may import them.
 KERNELS = {
     "encoders": {"features"},
-    "exact_kernel": {"pairs", "walks"},
+    "exact_kernel": {"neighbourhoods", "shipping"},
     "input_files": {"guess", "sources"},
+    "neighbourhoods": {"pairs", "walks"},
     "ranking": {"evaluation"},
     "report": {"evaluation"},
+    "shipping": {"neighbourhoods"},
     "sources": {"guess", "ingest"},
-    "walk_kernel": {"exact_kernel", "pairs", "walks"},
+    "walk_kernel": {"exact_kernel", "neighbourhoods", "shipping"},
+    "walkers": {"neighbourhoods"},
 }
 # STYLE names numpy, pyarrow, fsspec and pydantic; the settings file is YAML, and a host's copy of a dataset has a lock.
 CONTRACT_LIBRARIES = {"filelock", "fsspec", "numpy", "pyarrow", "pydantic", "yaml"} | sys.stdlib_module_names

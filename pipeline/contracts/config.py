@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import fsspec
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.contracts.errors import SettingsError, StorageError
 from pipeline.contracts.storage import retry
@@ -385,7 +385,7 @@ class WalksResources(Section):
     strategy: Literal["auto", "replicate", "shuffle"] = "auto"
     """replicate: every host maps one copy of the graph; shuffle: tasks get only the lists that their items need; auto:
     replicate if the graph fits host_memory and the cache's disk."""
-    host_memory: str | None = None
+    host_memory: ByteSize | None = None
     """What one host may give to the graph, such as 200g. None: half the memory of the machine that decides."""
 
 

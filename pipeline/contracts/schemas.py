@@ -171,7 +171,7 @@ HARD_NEGATIVES = Dataset(
     "hard_negatives",
     ("id",),
     (_ID, Column("negatives", _IDS, "items drawn from the PPR ranks of the settings; empty if there are none")),
-    "near but not nearest items of every item",
+    "near but not nearest items of every query",
     dense=True,
 )
 MODEL = Dataset("model", (), None, "model.safetensors, model.json (shape, statistics) and history.json")
@@ -280,5 +280,8 @@ EVALUATION_STAGE = Stage(
 STAGES = (INGEST, GRAPH, FEATURES_STAGE, WALKS, PAIRS_STAGE, TRAIN, INFERENCE, INDEX_STAGE, EVALUATION_STAGE)
 """In the order that `pinsage run` runs them."""
 
-SCRATCH = {name: name for name in (INGEST.name, GRAPH.name, WALKS.name)} | {LAYERS.name: INFERENCE.name}
+SCRATCH = {name: name for name in (INGEST.name, GRAPH.name, WALKS.name)} | {
+    "pairs-ranking": PAIRS_STAGE.name,
+    LAYERS.name: INFERENCE.name,
+}
 """Folders of what a stage keeps only while it runs, and the stage."""

@@ -212,7 +212,7 @@ def test_a_budget_is_kept_and_its_estimate_is_unbiased(weighted: bool) -> None:
         total += dense(result, 0, 40) * UNIT
         assert result[2][0] <= budget
     users = np.flatnonzero(adjacency[0])
-    read = np.minimum(adjacency[:, users].astype(bool).sum(axis=0), prefix_lengths(graph, np.array([0]), budget)[0])
+    read = np.minimum(adjacency[:, users].astype(bool).sum(axis=0), prefix_lengths(graph, np.array([0]), budget)[0][0])
     assert read.sum() <= budget < adjacency[:, users].astype(bool).sum()
     expected = expected_visits(shape, 0, 1, 0.5)
     np.testing.assert_allclose(total / num_shuffles, expected, atol=0.012 if weighted else 0.006)
@@ -245,7 +245,7 @@ def test_lists_cut_at_the_needed_prefixes_give_the_same_bytes(weighted: bool, bu
     whole = exact_neighbours(graph, items, 25, budget)
     at_the_budget = cut(graph, items, np.full(60, budget))
     assert_same(whole, exact_neighbours(at_the_budget, items, 25, budget))
-    levels = prefix_lengths(graph, items, budget)
+    levels, _ = prefix_lengths(graph, items, budget)
     needed = np.zeros(60, np.int64)
     for item, level in zip(items, levels, strict=True):
         users = graph.item_users[graph.item_indptr[item] : graph.item_indptr[item + 1]]
@@ -409,7 +409,7 @@ def test_hubs_are_read_in_part(weighted: bool) -> None:
     np.testing.assert_allclose(scores[0] * UNIT, 0.05, atol=0.002)
     assert lengths.tolist() == [10, 1, 10]
     assert (scores[2] <= 2**30 // 2000).all()
-    assert prefix_lengths(graph, np.array([0, 11]), 1500).tolist() == [1, 1500]
+    assert prefix_lengths(graph, np.array([0, 11]), 1500)[0].tolist() == [1, 1500]
     visits = visit_counts(graph, np.array([0]), np.array([5000]), 10, 0)
     np.testing.assert_allclose(visits[1][0] / 5000, 0.05, atol=0.015)
 

@@ -1,0 +1,175 @@
+"""Parts of lists to the shards that need them: how tasks get at a graph, or at rows, that no host holds whole.
+
+Every shard of items says which rows of a dataset of lists it needs and how much of each; the tasks that own those rows
+send each shard one block (two columnar shuffles, no row of one entry). What a shard then holds is a small graph or
+table of its own, on which the kernels work as on the whole. Only two numbers per node are on every host: a user's
+degree and the logarithm of an item's, 4 and 1 bytes. Memory per task: the lists that one shard needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pyspark.sql import SparkSession
+
+from pipeline.contracts.datasets import Lineage, Manifest, arrow_to_lists, lists_to_arrow, read_shard
+from pipeline.contracts.storage import Storage
+from pipeline.exact_kernel import Rows, prefix_lengths
+from pipeline.exchange import gather, scatter
+from pipeline.spark import run_tasks
+from pipeline.walk_kernel import BipartiteGraph
+
+Wanted = tuple[NDArray[np.uint32], NDArray[np.int64]]
+"""Rows, ascending, and how many first entries of each."""
+_WANTED = pa.schema([("row", pa.uint32()), ("length", pa.uint32()), ("shard", pa.uint32())])
+_PIECE_ENTRIES = 1 << 26
+"""List entries that one task sends."""
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """Lists sent to shards of items: an exchange whose blocks hold `row` and the columns."""
+
+    manifest: Manifest
+    schema: pa.Schema
+
+    def read(self, storage: Storage, shard: int) -> pa.Table:
+        """What the shard asked for, rows ascending."""
+        return gather(storage, self.manifest, shard, self.schema)
+
+
+def first_rows(manifest: Manifest) -> NDArray[np.int64]:
+    """The first row of every shard, and one past the last row [S + 1]."""
+    return np.concatenate([[0], np.cumsum([shard.rows for shard in manifest.shards])]).astype(np.int64)
+
+
+def ship(
+    spark: SparkSession, storage: Storage, lineage: Lineage, name: str, lists: Manifest, columns: tuple[str, ...],
+    num_shards: int, want: Callable[[int], Wanted], label: str,
+) -> Shipped:  # fmt: skip
+    """Send every shard what want(shard) asks of the lists; the scratch dataset `name` is the caller's to delete."""
+    starts = first_rows(lists)
+
+    def ask(shard: int) -> tuple[pa.Table, NDArray[np.integer]]:
+        rows, lengths = want(shard)
+        table = pa.table([rows, lengths, np.full(len(rows), shard)], names=_WANTED.names).cast(_WANTED)
+        return table, np.searchsorted(starts, rows, side="right") - 1
+
+    wanted = scatter(spark, storage, f"{name}-wanted", lineage, num_shards, ask, len(lists.shards), f"{label}, ask")
+
+    def count(task: dict[str, Any]) -> dict[str, Any]:
+        lengths = gather(storage, wanted, task["shard"], _WANTED).column("length").to_numpy()
+        return {"entries": int(lengths.sum(dtype=np.int64))}
+
+    tasks = [{"shard": number} for number in range(len(lists.shards))]
+    entries = [result["entries"] for result in run_tasks(spark, tasks, count, f"{label}, count")]
+    pieces = [
+        (number, piece, count)
+        for number, total in enumerate(entries)
+        for count in [max(1, -(-total // _PIECE_ENTRIES))]
+        for piece in range(count)
+    ]
+    first = read_shard(storage, lists, 0, columns).schema
+    schema = pa.schema([pa.field("row", pa.uint32()), *first])
+
+    def send(number: int) -> tuple[pa.Table, NDArray[np.integer]]:
+        shard, piece, count = pieces[number]
+        requests = gather(storage, wanted, shard, _WANTED)
+        rows, lengths, targets = (requests[column].to_numpy() for column in _WANTED.names)
+        lengths = lengths.astype(np.int64)
+        before = np.cumsum(lengths) - lengths
+        ours = (before * count // max(int(lengths.sum()), 1)) == piece
+        rows, lengths, targets = rows[ours], lengths[ours], targets[ours]
+        stored = read_shard(storage, lists, shard, columns)
+        parts = [first_entries(stored.column(column), rows - starts[shard], lengths) for column in columns]
+        return pa.table([pa.array(rows), *parts], schema=schema), targets
+
+    shipped = scatter(spark, storage, name, lineage, len(pieces), send, num_shards, f"{label}, send")
+    storage.delete(wanted.dataset)
+    return Shipped(shipped, schema)
+
+
+def first_entries(column: pa.ChunkedArray, rows: NDArray[np.integer], lengths: NDArray[np.int64]) -> pa.ListArray:
+    """Up to so many first entries of each of these rows of a list column."""
+    indptr, values = arrow_to_lists(column)
+    starts = indptr[rows]
+    lengths = np.minimum(lengths, indptr[np.asarray(rows, np.int64) + 1] - starts)
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    places = np.arange(bounds[-1]) + np.repeat(starts - bounds[:-1], lengths)
+    return lists_to_arrow(bounds, values[places])
+
+
+# ------------------------------------------------------------------------------------------------ what a shard works on
+
+
+def shard_graph(
+    storage: Storage, item_users: Manifest, lists: Shipped, ranks: NDArray[np.uint8], shard: int
+) -> BipartiteGraph:
+    """A shard's items, all of their users, and as much of these users' lists as was sent."""
+    table = read_shard(storage, item_users, shard, ["neighbours", "shares"])
+    indptr, users = arrow_to_lists(table.column("neighbours"))
+    shipped = lists.read(storage, shard)
+    known = shipped.column("row").to_numpy()
+    user_indptr, items = arrow_to_lists(shipped.column("neighbours"))
+    # A hub's users that are not read were not asked for: they stand as one more user, without a list.
+    places = np.searchsorted(known, users)
+    places[np.append(known, 0)[places] != users] = len(known)
+    return BipartiteGraph(
+        item_indptr=indptr,
+        item_users=places.astype(np.uint32),
+        item_shares=arrow_to_lists(table.column("shares"))[1],
+        user_indptr=np.append(user_indptr, user_indptr[-1]),
+        user_items=items,
+        user_shares=arrow_to_lists(shipped.column("shares"))[1],
+        item_ranks=ranks,
+        first_item=int(first_rows(item_users)[shard]),
+    )
+
+
+def wanted_users(
+    storage: Storage, item_users: Manifest, degrees: NDArray[np.uint32], entry_budget: int, shard: int
+) -> tuple[Wanted, NDArray[np.int64]]:
+    """The users whose lists a shard of items reads and how far, and every item's level for exact_neighbours."""
+    first = int(first_rows(item_users)[shard])
+    table = read_shard(storage, item_users, shard, ["neighbours", "shares"])
+    indptr, users = arrow_to_lists(table.column("neighbours"))
+    distinct, places = np.unique(users, return_inverse=True)
+    known = degrees[distinct].astype(np.int64)
+    graph = BipartiteGraph(
+        item_indptr=indptr,
+        item_users=places.astype(np.uint32),
+        item_shares=arrow_to_lists(table.column("shares"))[1],
+        user_indptr=np.concatenate([[0], np.cumsum(known)]),
+        user_items=np.zeros(0, np.uint32),
+        user_shares=np.zeros(0, np.uint32),
+        item_ranks=np.zeros(0, np.uint8),
+        first_item=first,
+    )
+    levels, needed = prefix_lengths(graph, np.arange(first, first + len(indptr) - 1), entry_budget)
+    asked = needed > 0
+    return (distinct[asked], needed[asked]), levels
+
+
+def shard_rows(storage: Storage, lists: Shipped, shard: int) -> Rows:
+    """The rows that were sent to a shard of items, found by item."""
+    shipped = lists.read(storage, shard)
+    indptr, ids = arrow_to_lists(shipped.column("neighbours"))
+    weights = arrow_to_lists(shipped.column("weights"))[1]
+    return Rows(indptr, ids, weights, shipped.column("row").to_numpy())
+
+
+def wanted_rows(storage: Storage, rows: Manifest, shard: int, num_rows: int, width: int) -> Wanted:
+    """Which rows, and how much of each, a shard needs to compose its items' own with those of their nearest."""
+    first, stop = first_rows(rows)[shard : shard + 2]
+    indptr, ids = arrow_to_lists(read_shard(storage, rows, shard, ["neighbours"]).column("neighbours"))
+    places = np.arange(len(ids)) - np.repeat(indptr[:-1], np.diff(indptr))
+    others = np.unique(ids[places < num_rows])
+    own = np.arange(first, stop, dtype=np.uint32)
+    wanted = np.union1d(own, others)
+    lengths = np.where((wanted >= first) & (wanted < stop), np.diff(indptr).max(initial=width), width)
+    return wanted, lengths
