@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -92,10 +93,8 @@ class Neighbourhoods:
         self._item_users = open_manifest(storage, schemas.ITEM_USERS)
         self._user_items = open_manifest(storage, schemas.USER_ITEMS)
         self.num_items, self.num_shards = self._item_users.num_rows, len(self._item_users.shards)
-
-    def bounds(self, shard: int) -> tuple[int, int]:
-        """The items of a shard; every dataset made here is cut as ITEM_USERS is."""
-        return shard_bounds(self.num_items, self.num_shards, shard)
+        self.bounds = partial(shard_bounds, self.num_items, self.num_shards)
+        """The items [start, stop) of a shard: every dataset made here is cut as ITEM_USERS is."""
 
     def scratch(self, name: str) -> str:
         """The name of a dataset that the stage keeps only while it runs."""
@@ -134,8 +133,8 @@ class Neighbourhoods:
 
         name = self.scratch("users")
         lists = ship(
-            self._spark, storage, self._lineage, name, self._user_items, ("neighbours", "shares"), self.num_shards,
-            want, f"{self._lineage.stage}: users' lists",
+            self._spark, storage, self._lineage, name, self._user_items, schemas.USER_ITEMS.arrow,
+            ["neighbours", "shares"], self.num_shards, want, f"{self._lineage.stage}: users' lists",
         )  # fmt: skip
 
         def own(shard: int) -> Near:
@@ -163,9 +162,9 @@ class Neighbourhoods:
             return whole
         ranks = self._ranks()
         lists = ship(
-            self._spark, storage, self._lineage, self.scratch("shipped-rows"), rows, ("neighbours", "weights"),
-            self.num_shards, lambda shard: wanted_rows(storage, rows, shard, num_rows, width),
-            f"{self._lineage.stage}: rows",
+            self._spark, storage, self._lineage, self.scratch("shipped-rows"), rows, schemas.NEIGHBOURS.arrow,
+            ["neighbours", "weights"], self.num_shards,
+            lambda shard: wanted_rows(storage, rows, shard, num_rows, width), f"{self._lineage.stage}: rows",
         )  # fmt: skip
 
         def own(shard: int) -> Composed:

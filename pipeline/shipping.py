@@ -49,10 +49,13 @@ def first_rows(manifest: Manifest) -> NDArray[np.int64]:
 
 
 def ship(
-    spark: SparkSession, storage: Storage, lineage: Lineage, name: str, lists: Manifest, columns: tuple[str, ...],
-    num_shards: int, want: Callable[[int], Wanted], label: str,
+    spark: SparkSession, storage: Storage, lineage: Lineage, name: str, lists: Manifest, list_schema: pa.Schema,
+    columns: list[str], num_shards: int, want: Callable[[int], Wanted], label: str,
 ) -> Shipped:  # fmt: skip
-    """Send every shard what want(shard) asks of the lists; the scratch dataset `name` is the caller's to delete."""
+    """Send every shard what want(shard) asks of the lists: so many first entries of some columns of some rows.
+
+    The scratch dataset `name` is the caller's to delete.
+    """
     starts = first_rows(lists)
 
     def ask(shard: int) -> tuple[pa.Table, NDArray[np.integer]]:
@@ -74,8 +77,7 @@ def ship(
         for count in [max(1, -(-total // _PIECE_ENTRIES))]
         for piece in range(count)
     ]
-    first = read_shard(storage, lists, 0, columns).schema
-    schema = pa.schema([pa.field("row", pa.uint32()), *first])
+    schema = pa.schema([pa.field("row", pa.uint32()), *(list_schema.field(name) for name in columns)])
 
     def send(number: int) -> tuple[pa.Table, NDArray[np.integer]]:
         shard, piece, count = pieces[number]

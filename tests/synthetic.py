@@ -10,6 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.contracts import schemas
+from pipeline.contracts.datasets import Lineage, commit, lists_to_arrow, write_shard
+from pipeline.contracts.sharding import shard_bounds
+from pipeline.contracts.storage import Storage
 from pipeline.walk_kernel import BipartiteGraph
 
 
@@ -36,6 +40,28 @@ def running_shares(weights: NDArray[np.float64]) -> NDArray[np.uint32]:
     running = np.cumsum(weights) / np.maximum(weights.sum(), 1e-300)
     shares: NDArray[np.uint32] = np.clip(np.round(running * 2.0**32) - 1, 0, 2**32 - 1).astype(np.uint32)
     return shares
+
+
+def store_graph(storage: Storage, graph: BipartiteGraph, num_shards: int = 1) -> None:
+    """Write both directions as the graph stage would, each in so many shards."""
+    sides = (
+        (schemas.ITEM_USERS, graph.item_indptr, graph.item_users, graph.item_shares),
+        (schemas.USER_ITEMS, graph.user_indptr, graph.user_items, graph.user_shares),
+    )
+    size = {"items": len(graph.item_indptr) - 1, "users": len(graph.user_indptr) - 1, "edges": len(graph.item_users)}
+    for dataset, indptr, ids, shares in sides:
+        lineage, shards = Lineage("graph", {}, {}), []
+        for number in range(num_shards):
+            start, stop = shard_bounds(len(indptr) - 1, num_shards, number)
+            bounds = indptr[start : stop + 1]
+            inside = slice(int(bounds[0]), int(bounds[-1]))
+            columns: list[Any] = [
+                pa.array(np.arange(start, stop), pa.uint32()),
+                lists_to_arrow(bounds - bounds[0], ids[inside]),
+                lists_to_arrow(bounds - bounds[0] if len(shares) else np.zeros(len(bounds), int), shares[inside]),
+            ]
+            shards.append(write_shard(storage, dataset, number, pa.table(columns, schema=dataset.arrow), lineage))
+        commit(storage, dataset, shards, lineage, {**size, "weighted": len(shares) > 0})
 
 
 def write_shop(

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from pyspark.sql import SparkSession
 
+from pipeline import pairs
 from pipeline.contracts import schemas
-from pipeline.contracts.config import Pairs
-from pipeline.contracts.datasets import arrow_to_lists
-from pipeline.pairs import consecutive_pairs, hard_negatives, rank_range
-from pipeline.walk_kernel import visit_counts, walks_per_hop
-from tests.oracles import successors
-from tests.synthetic import compressed
+from pipeline.contracts.config import Pairs, parse_settings
+from pipeline.contracts.datasets import Lineage, arrow_to_lists, commit, open_manifest, read_table, write_shard
+from pipeline.contracts.storage import Storage
+from pipeline.pairs import consecutive_pairs, drawn, rank_range
+from tests.oracles import expected_visits, successors
+from tests.synthetic import compressed, shop_settings, store_graph
+
+LINEAGE = Lineage("pairs", {}, {})
 
 
 def interactions(events: list[tuple[int, int, int]], splits: list[int]) -> pa.Table:
     users, items, times = zip(*events, strict=True)
-    columns = [users, items, times, range(len(events)), [1.0] * len(events), splits]
+    columns = [users, items, times, [1.0] * len(events), splits]
     return pa.table([pa.array(column) for column in columns], names=schemas.INTERACTIONS.arrow.names).cast(
         schemas.INTERACTIONS.arrow
     )
@@ -46,19 +51,48 @@ def test_nothing_after_the_split_is_paired() -> None:
     assert found.to_pydict() == {"query": [1], "positive": [2], "timestamp": [20]}
 
 
-def test_hard_negatives_come_from_the_given_ranks() -> None:
+def ranking_by_power_iteration(adjacency: np.ndarray) -> list[np.ndarray]:
+    visits = [expected_visits(adjacency, item, 14, 0.5) for item in range(len(adjacency))]
+    return [np.argsort(-row, kind="stable")[: int((row > 0).sum())] for row in visits]
+
+
+@pytest.mark.parametrize("strategy", ["replicate", "shuffle"])
+def test_hard_negatives_come_from_the_given_ranks_of_the_queries_alone(
+    spark: SparkSession, storage: Storage, strategy: str
+) -> None:
+    """Calibrated against exact personalised PageRank: what is drawn for ranks 20 to 50 lies about there."""
     generator = np.random.default_rng(0)
-    adjacency = (generator.random((60, 30)) < 0.2).astype(float)
-    graph, per_hop = compressed(adjacency), walks_per_hop(2000, 3, 0.5)
-    ids, _, lengths = visit_counts(graph, np.arange(60), per_hop, 40, 3)
-    table = hard_negatives(graph, 10, 20, (15, 40), per_hop, 6, 3, False)
+    groups = np.arange(90)[:, None] // 30 == np.arange(45)[None, :] // 15
+    adjacency = (generator.random((90, 45)) < np.where(groups, 0.35, 0.06)).astype(float)
+    store_graph(storage, compressed(adjacency), 3)
+    events = [(user, int(item), 0) for user in range(45) for item in np.flatnonzero(adjacency[:40, user])[:2]]
+    rows = interactions(events, [0] * len(events))
+    commit(storage, schemas.INTERACTIONS, [write_shard(storage, schemas.INTERACTIONS, 0, rows, LINEAGE)], LINEAGE)
+    tree = shop_settings(Path("data"), Path(storage.url))
+    tree["task"]["pairs"] = {"num_hard_negatives": 6, "hard_negative_ranks": [20, 50], "compose_rows": 10}
+    tree["resources"]["walks"] = {"strategy": strategy}
+    pairs.run(spark, storage, parse_settings(tree), LINEAGE)
+
+    queries = set(read_table(storage, open_manifest(storage, schemas.PAIRS)).column("query").to_pylist())
+    table = read_table(storage, open_manifest(storage, schemas.HARD_NEGATIVES))
     indptr, values = arrow_to_lists(table.column("negatives"))
-    assert table.column("id").to_pylist() == list(range(10, 20))
-    for row, item in enumerate(range(10, 20)):
-        drawn = values[indptr[row] : indptr[row + 1]].tolist()
-        allowed = ids[item, 15 : lengths[item]].tolist()
-        assert len(drawn) == len(set(drawn)) == min(6, len(allowed))
-        assert set(drawn) <= set(allowed)
+    exact, ranks = ranking_by_power_iteration(adjacency), []
+    for item in range(90):
+        drawn = values[indptr[item] : indptr[item + 1]].tolist()
+        assert len(set(drawn)) == len(drawn) == (6 if item in queries else 0)
+        ranks += [int(np.flatnonzero(exact[item] == other)[0]) + 1 for other in drawn]
+    assert 0 < len(queries) < 90
+    assert np.mean([15 <= rank <= 55 for rank in ranks]) > 0.9
+    assert 28 < np.mean(ranks) < 42
+    assert storage.names("pairs-ranking") == []
+
+
+def test_an_item_without_ranks_that_deep_has_what_exists() -> None:
+    ids = np.array([[4, 3, 2, 9], [1, 2, 0, 0]], np.uint32)
+    rows = drawn(ids, np.array([4, 2]), np.array([7, 8]), 1, 2, seed=3)
+    assert set(rows[0].tolist()) <= {3, 2, 9}
+    assert [len(row) for row in rows] == [2, 1]
+    assert rows[1].tolist() == [2]
 
 
 def test_ranks_scale_to_the_catalogue_unless_given() -> None:
