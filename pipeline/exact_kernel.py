@@ -23,6 +23,7 @@ from pipeline.walk_kernel import (
     empty_rows,
     graph_arrays,
     make_scratch,
+    prefetch,
     read_only,
     share_at,
     top_sums,
@@ -171,11 +172,7 @@ def _read_users(graph: Any, item: Any, entry_budget: Any, users: Any, shares: An
 
 @numba.njit(cache=True, nogil=True)
 def _levels(graph: Any, items: Any, entry_budget: Any, levels: Any, needed: Any) -> None:
-    users, shares, degrees = (
-        np.empty(_MAX_USERS, np.int64),
-        np.empty(_MAX_USERS, np.int64),
-        np.empty(_MAX_USERS, np.int64),
-    )
+    users, shares, degrees = np.empty((3, _MAX_USERS), np.int64)
     for place in range(len(items)):
         count = _read_users(graph, items[place], entry_budget, users, shares, degrees)
         levels[place] = water_level(degrees[:count], entry_budget)
@@ -185,29 +182,52 @@ def _levels(graph: Any, items: Any, entry_budget: Any, levels: Any, needed: Any)
 
 @numba.njit(cache=True, nogil=True)
 def _exact_rows(graph: Any, items: Any, entry_budget: Any, levels: Any, ids: Any, scores: Any, lengths: Any) -> None:
-    users, shares, degrees = (
-        np.empty(_MAX_USERS, np.int64),
-        np.empty(_MAX_USERS, np.int64),
-        np.empty(_MAX_USERS, np.int64),
-    )
+    """While one item's lists are summed, the next one's are on their way: plans [2] hold both, in turns."""
+    users, shares, degrees = np.empty((3, 2, _MAX_USERS), np.int64)
+    counts = np.zeros(2, np.int64)
     scratch = make_scratch(min(entry_budget, 4096))
-    for place in range(len(items)):
-        item = items[place]
-        count = _read_users(graph, item, entry_budget, users, shares, degrees)
-        level = levels[place] if len(levels) else water_level(degrees[:count], entry_budget)
+    for step in range(len(items) + 1):
+        new, place = step & 1, step - 1
+        if step < len(items):
+            _ask_ahead(graph, items, step)
+            item, level = items[step], levels[step] if len(levels) else 0
+            counts[new] = _plan(graph, item, entry_budget, level, users[new], shares[new], degrees[new])
+        if place < 0:
+            continue
+        old = 1 - new
+        needed = degrees[old, : counts[old]].sum()
+        if needed > len(scratch.ids):
+            scratch = make_scratch(2 * needed)
         size = 0
-        for k in range(count):
-            size += min(degrees[k], level)
-        if size > len(scratch.ids):
-            scratch = make_scratch(2 * size)
-        size = 0
-        for k in range(count):
-            start = graph.user_indptr[users[k]]
-            size = _read_list(graph, start, min(degrees[k], level), shares[k], scratch, size)
+        for k in range(counts[old]):
+            start = graph.user_indptr[users[old, k]]
+            size = _read_list(graph, start, degrees[old, k], shares[old, k], scratch, size)
         lengths[place] = top_sums(
-            scratch.ids, scratch.adds, size, item, graph.item_ranks, graph.item_indptr, scratch, ids[place],
+            scratch.ids, scratch.adds, size, items[place], graph.item_ranks, graph.item_indptr, scratch, ids[place],
             scores[place],
         )  # fmt: skip
+
+
+@numba.njit(cache=True, inline="always")
+def _ask_ahead(graph: Any, items: Any, step: Any) -> None:
+    """Start to load what the plans of the items after this one read."""
+    if step + 4 < len(items):
+        prefetch(graph.item_indptr, items[step + 4])
+        prefetch(graph.item_users, graph.item_indptr[items[step + 2]])
+
+
+@numba.njit(cache=True, nogil=True)
+def _plan(graph: Any, item: Any, entry_budget: Any, level: Any, users: Any, shares: Any, lengths: Any) -> Any:
+    """The item's users, their shares and how much of their lists to read, which starts to load; returns how many."""
+    count = _read_users(graph, item, entry_budget, users, shares, lengths)
+    if not level:
+        level = water_level(lengths[:count], entry_budget)
+    for k in range(count):
+        lengths[k] = min(lengths[k], level)
+        start = graph.user_indptr[users[k]]
+        for entry in range(start, start + min(lengths[k], 512), 16):  # later lines come by themselves, in sequence
+            prefetch(graph.user_items, entry)
+    return count
 
 
 @numba.njit(cache=True, nogil=True)
@@ -215,20 +235,20 @@ def _read_list(graph: Any, start: Any, length: Any, share: Any, scratch: Any, si
     """Append length entries of a user's list, each with its part of the user's share; returns the new size."""
     if length <= 0:
         return size
-    for k in range(length):
-        scratch.ids[size + k] = graph.user_items[start + k]
+    first, ids, adds = np.uint64(start), scratch.ids[size : size + length], scratch.adds[size : size + length]
     if len(graph.user_shares):
-        reached = np.int64(graph.user_shares[start + length - 1]) + 1
-        unit = share * (ONE / 4294967296.0) / reached
+        unit = share * (ONE / 4294967296.0) / (np.int64(graph.user_shares[start + length - 1]) + 1)
         before = np.int64(-1)
         for k in range(length):
-            reached = np.int64(graph.user_shares[start + k])
-            scratch.adds[size + k] = max(np.int64((reached - before) * unit + 0.5), 1)
+            ids[k] = graph.user_items[first + np.uint64(k)]
+            reached = np.int64(graph.user_shares[first + np.uint64(k)])
+            adds[k] = max(np.int64((reached - before) * unit + 0.5), 1)
             before = reached
     else:
-        add = max((share >> 2) // length, 1)
+        add = np.uint32(max((share >> 2) // length, 1))
         for k in range(length):
-            scratch.adds[size + k] = add
+            ids[k] = graph.user_items[first + np.uint64(k)]
+            adds[k] = add
     return size + length
 
 

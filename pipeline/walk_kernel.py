@@ -17,6 +17,9 @@ from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba.core.cgutils import get_or_insert_function
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from pipeline.contracts.datasets import open_manifest
@@ -28,6 +31,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _GOLDEN_32 = 0x9E3779B1  # 2 ** 32 / golden ratio: its multiples are spread evenly over 32 bits, whichever come first
 _LOW_32 = 0xFFFFFFFF
 _BLOCK_WALKS = 2048  # walks that step together: enough to overlap memory reads, few enough to stay in the cache
+_FEW = 16  # candidates beyond those kept that are sorted rather than selected from
 _SORTED_DIRECTLY = 128  # rows up to this long are sorted by counting who is ahead of whom
 
 
@@ -80,6 +84,9 @@ class Scratch(NamedTuple):
 
     ids: Any
     adds: Any
+    sketch: Any
+    few_ids: Any
+    few_adds: Any
     table: Any
     used: Any
     keys: Any
@@ -139,18 +146,25 @@ def empty_rows(size: int, width: int) -> tuple[NDArray[np.uint32], NDArray[np.in
     return np.zeros((size, width), np.uint32), np.zeros((size, width), np.int64), np.zeros(size, np.int64)
 
 
-@numba.njit(cache=True, inline="always")
+@numba.njit(cache=True)
+def bit_length(value: Any) -> Any:
+    """How many bits a number below 2 ** 32 has; none below 1."""
+    length = 0
+    for half in (16, 8, 4, 2, 1):
+        if value >> (length + half):
+            length += half
+    return length + (value > 0)
+
+
+@numba.njit(cache=True)
 def degree_rank(degree: Any) -> Any:
     """An 8-bit logarithm of a degree: its bit length, then the three bits after the first. Never falls as it grows."""
     if degree <= 0:
         return 0
     if degree >= 1 << 31:
         return 255
-    length = 0
-    for half in (16, 8, 4, 2, 1):
-        if degree >> (length + half):
-            length += half
-    return ((length + 1) << 3) | (((degree << 3) >> length) & 7)
+    length = bit_length(degree)
+    return (length << 3) | (((degree << 3) >> (length - 1)) & 7)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -167,6 +181,26 @@ def rank_of(item: Any, item_ranks: Any, item_indptr: Any) -> Any:
     if len(item_ranks):
         return np.int64(item_ranks[item])
     return degree_rank(item_indptr[np.int64(item) + 1] - item_indptr[item])
+
+
+def _generate_prefetch(typing_context: Any, array: Any, place: Any) -> Any:
+    """Start to load array[place] into the cache; a place outside the array does no harm."""
+    signature = numba.types.void(array, place)
+
+    def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        data = context.make_array(array)(context, builder, arguments[0]).data
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        address = builder.bitcast(builder.gep(data, [arguments[1]]), byte)
+        for_reading, keep, is_data = number(0), number(3), number(1)
+        function = get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [address, for_reading, keep, is_data])
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+prefetch: Any = intrinsic(_generate_prefetch)
 
 
 # ------------------------------------------------------------------------------------------------------- steps
@@ -299,13 +333,12 @@ def _count_visits(graph: Any, items: Any, per_hop: Any, seed: Any, ids: Any, cou
 @numba.njit(cache=True, nogil=True)
 def make_scratch(size: Any) -> Any:
     """Scratch for up to size entries of one item."""
-    capacity = 64
-    while capacity < 4 * size:
-        capacity *= 2
+    cells = 1 << bit_length(2 * size)
     return Scratch(
-        np.empty(size, np.uint32), np.empty(size, np.uint32), np.zeros(capacity, np.uint64), np.empty(size, np.int64),
-        np.empty(size, np.int64), np.empty(size, np.uint32), np.empty(size, np.int64), np.empty(size, np.uint32),
-        np.empty(2048, np.int64),
+        np.empty(size, np.uint32), np.empty(size, np.uint32), np.empty(cells, np.uint32),
+        np.empty(size + 1, np.uint32), np.empty(size + 1, np.uint32), np.zeros(cells, np.uint64),
+        np.empty(size + 1, np.int64), np.empty(size + 1, np.int64), np.empty(size + 1, np.uint32),
+        np.empty(size + 1, np.int64), np.empty(size + 1, np.uint32), np.empty(2048, np.int64),
     )  # fmt: skip
 
 
@@ -317,45 +350,114 @@ def top_sums(
     """Sum adds by id over the first size entries, and write the largest sums, without the id skip; returns how many.
 
     By sum descending, then degree_rank descending, then id. adds are at least 1; a sum is below 2 ** 32.
+    Many entries are first summed in a sketch, one cell for all ids of a hash: no id has more than its cell. Only the
+    entries of cells that reach a floor are then summed by id; if fewer ids than wanted reach it, it was too high.
     """
-    count = _sums(ids, adds, size, skip, scratch)
-    kept = min(count, len(top_ids))
+    wanted = len(top_ids)
+    floor, bits = 0, 0
+    if size >= 8 * wanted:
+        bits = bit_length(2 * size)
+        floor = _sketch_floor(ids, adds, size, wanted + wanted // 4 + 1, bits, scratch.sketch)
+    while True:
+        if floor > 1:
+            few = _reaching(ids, adds, size, floor, bits, scratch)
+            count = _sums(scratch.few_ids, scratch.few_adds, few, skip, floor, scratch)
+        else:
+            count = _sums(ids, adds, size, skip, 0, scratch)
+        if count >= wanted or floor <= 1:
+            break
+        floor >>= 1
+    kept = min(count, wanted)
     if kept:
         count = _narrow(scratch, count, kept, item_ranks, item_indptr)
         _sort(scratch, count)
         for k in range(kept):
             top_ids[k] = scratch.names[k]
-            top_scores[k] = scratch.keys[k] >> 8
+            top_scores[k] = scratch.keys[k]
     return kept
 
 
+@numba.njit(cache=True, inline="always")
+def _cell(name: Any, bits: Any) -> Any:
+    """The first bits of an id's 32-bit hash."""
+    return ((np.uint64(name) * np.uint64(_GOLDEN_32)) & np.uint64(_LOW_32)) >> np.uint64(32 - bits)
+
+
 @numba.njit(cache=True, nogil=True)
-def _sums(ids: Any, adds: Any, size: Any, skip: Any, scratch: Any) -> Any:
-    """Sums by id into scratch.keys and scratch.names; returns how many. A slot is sum << 32 | id, 0 if free."""
-    bits = 6
-    while (1 << bits) < 4 * size:
-        bits += 1
-    table, used = scratch.table, scratch.used
-    mask, low, shift = np.uint64((1 << bits) - 1), np.uint64(_LOW_32), np.uint64(32 - min(bits, 32))
-    count = 0
+def _sketch_floor(ids: Any, adds: Any, size: Any, wanted: Any, bits: Any, sketch: Any) -> Any:
+    """Sum adds by cell into sketch, and find a value that a few more cells than wanted reach, or 0."""
+    cells = 1 << bits
+    sketch[:cells] = 0
+    total = np.int64(0)
+    for k in range(size):
+        total += np.int64(adds[k])
+        sketch[_cell(ids[k], bits)] += adds[k]
+    low, high = 0, total // wanted + 1
+    guess = min(3 * total // size, high >> 1)
+    for _ in range(12):
+        if high - low <= 1:
+            break
+        reached = _count_reaching(sketch, cells, np.uint32(guess))
+        if reached >= wanted:
+            low = guess
+            if reached <= wanted + wanted // 4:
+                break
+        else:
+            high = guess
+        guess = (low + high) >> 1 if high < 4 * low or low == 0 else 2 * low
+    return low
+
+
+@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "nsz"})
+def _count_reaching(sketch: Any, cells: Any, floor: Any) -> Any:
+    """How many cells reach floor; counts in float32, which vectorises where numba's 64-bit integers do not."""
+    count, one, none = np.float32(0), np.float32(1), np.float32(0)
+    for cell in range(cells):
+        count += one if sketch[cell] >= floor else none
+    return count
+
+
+@numba.njit(cache=True, nogil=True)
+def _reaching(ids: Any, adds: Any, size: Any, floor: Any, bits: Any, scratch: Any) -> Any:
+    """Copy the entries whose cell reaches floor to scratch.few_ids and few_adds; returns how many."""
+    few_ids, few_adds, sketch = scratch.few_ids, scratch.few_adds, scratch.sketch
+    count = np.uint64(0)
+    for k in range(size):
+        few_ids[count] = ids[k]
+        few_adds[count] = adds[k]
+        count += np.uint64(sketch[_cell(ids[k], bits)] >= floor)
+    return np.int64(count)
+
+
+@numba.njit(cache=True, nogil=True)
+def _sums(ids: Any, adds: Any, size: Any, skip: Any, floor: Any, scratch: Any) -> Any:
+    """Sums by id that reach floor into scratch.keys and scratch.names; returns how many.
+
+    A slot of the table is sum << 32 | id, and 0 if free. What is not predictable is computed without a branch.
+    """
+    table, used, keys, names = scratch.table, scratch.used, scratch.keys, scratch.names
+    bits = bit_length(2 * size)
+    mask, low, free, half = np.uint64((1 << bits) - 1), np.uint64(_LOW_32), np.uint64(0), np.uint64(32)
+    count = np.uint64(0)
     for k in range(size):
         name = np.uint64(ids[k])
-        if np.int64(name) == skip:
-            continue
-        add = np.uint64(adds[k]) << np.uint64(32)
-        slot = ((name * np.uint64(_GOLDEN_32)) & low) >> shift
-        while table[slot] != np.uint64(0) and (table[slot] & low) != name:
-            slot = (slot + np.uint64(1)) & mask
+        slot = _cell(name, bits)
         found = table[slot]
+        while (found != free) & ((found & low) != name):
+            slot = (slot + np.uint64(1)) & mask
+            found = table[slot]
         used[count] = np.int64(slot)
-        count += found == np.uint64(0)
-        table[slot] = (found if found != np.uint64(0) else name) + add
+        count += np.uint64(found == free)
+        table[slot] = (found | name) + (np.uint64(adds[k]) << half)
+    reached = np.uint64(0)
     for k in range(count):
-        found = table[used[k]]
-        table[used[k]] = np.uint64(0)
-        scratch.keys[k] = np.int64(found >> np.uint64(32))
-        scratch.names[k] = np.uint32(found & low)
-    return count
+        slot = np.uint64(used[k])
+        key, name = np.int64(table[slot] >> half), table[slot] & low
+        table[slot] = free
+        keys[reached] = key
+        names[reached] = np.uint32(name)
+        reached += np.uint64((key >= floor) & (np.int64(name) != skip))
+    return np.int64(reached)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -366,7 +468,7 @@ def _narrow(scratch: Any, count: Any, kept: Any, item_ranks: Any, item_indptr: A
     for k in range(count):
         keys[k] = keys[k] << 8 | rank_of(names[k], item_ranks, item_indptr)
     sure, count = _select(scratch, sure, count, kept)
-    if count > kept + _SORTED_DIRECTLY:  # all undecided ones tie: the smallest ids win
+    if count > kept + _FEW:  # all undecided ones tie: the smallest ids win
         key = keys[sure]
         for k in range(sure, count):
             keys[k] = -np.int64(names[k])
@@ -386,7 +488,7 @@ def _select(scratch: Any, sure: Any, count: Any, kept: Any) -> Any:
     keys, names, spare_keys, spare_names, bins = (
         scratch.keys, scratch.names, scratch.spare_keys, scratch.spare_names, scratch.bins,
     )  # fmt: skip
-    while count > kept + 16:
+    while count > kept + _FEW:
         low, high = keys[sure], keys[sure]
         for k in range(sure, count):
             low, high = min(low, keys[k]), max(high, keys[k])
@@ -421,21 +523,28 @@ def _select(scratch: Any, sure: Any, count: Any, kept: Any) -> Any:
 
 @numba.njit(cache=True, nogil=True)
 def _sort(scratch: Any, count: Any) -> None:
-    """Sort the first count by key descending, then name ascending."""
+    """Sort the first count by key descending, then name ascending; keys lose their rank."""
     keys, names, spare_keys, spare_names = scratch.keys, scratch.names, scratch.spare_keys, scratch.spare_names
     if count > _SORTED_DIRECTLY:
         _radix_sort(scratch, count)
-        return
-    for i in range(count):
-        key, name = keys[i], names[i]
-        place = 0
-        for j in range(count):
-            place += (keys[j] > key) | ((keys[j] == key) & (names[j] < name))
-        spare_keys[place] = key
-        spare_names[place] = name
+    else:
+        for i in range(count):
+            keys[i] = (keys[i] << 8) | (_SORTED_DIRECTLY - i)  # all differ: one comparison tells who is ahead
+        for i in range(count):
+            key, place = keys[i], 0
+            for j in range(count):
+                place += keys[j] > key
+            spare_keys[place] = key >> 8
+            spare_names[place] = names[i]
+        for i in range(count):
+            key, name = spare_keys[i], spare_names[i]
+            place = i
+            while place > 0 and keys[place - 1] == key and names[place - 1] > name:
+                names[place] = names[place - 1]
+                place -= 1
+            keys[i], names[place] = key, name
     for k in range(count):
-        keys[k] = spare_keys[k]
-        names[k] = spare_names[k]
+        keys[k] >>= 8
 
 
 @numba.njit(cache=True, nogil=True)
