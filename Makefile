@@ -2,7 +2,7 @@
 #   make test ARGS="-k walks -x"        more arguments for pytest
 #   make setup PYTHON=python3.12        another Python for .venv
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint cluster-test clean
+.PHONY: help setup demo test lint cluster-test bench clean
 
 PYTHON ?=
 ARGS ?=
@@ -26,6 +26,9 @@ lint: setup ## ruff and mypy
 
 cluster-test: setup ## only the tests that start a Spark master and workers on this machine
 	@.venv/bin/python -m pytest -m cluster $(ARGS)
+
+bench: setup ## neighbourhoods a second, and how good they are, against DGL's sampler; 5 minutes
+	@.venv/bin/python -m infra.bench.walks $(ARGS)
 
 clean: ## remove caches, build output and .venv, but not runs/
 	rm -rf .venv .venv.lock .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info spark-warehouse metastore_db derby.log

@@ -26,6 +26,7 @@ import math
 import multiprocessing
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.walk_kernel import BipartiteGraph
+from pipeline.walk_kernel import BipartiteGraph, degree_ranks
 
 SHARD_EDGES, SHARD_ITEMS, ROW_GROUP_EDGES = 10_000_000, 1_000_000, 1_000_000
 FIRST_SECOND, LAST_SECOND = 1_672_531_200, 1_735_689_600  # 2023 and 2024
@@ -128,7 +129,7 @@ def make_graph(
 ) -> BipartiteGraph:
     """An unweighted graph of both directions."""
     none = np.empty(0, np.uint32)
-    return BipartiteGraph(item_indptr, item_users, none, user_indptr, user_items, none, np.empty(0, np.uint8))
+    return BipartiteGraph(item_indptr, item_users, none, user_indptr, user_items, none, degree_ranks(item_indptr))
 
 
 @numba.njit(cache=True, inline="always")
@@ -258,21 +259,22 @@ def _shuffle_rows(indptr: Any, values: Any, seed: Any) -> None:
             values[indptr[row] + k], values[other] = values[other], values[indptr[row] + k]
 
 
-@numba.njit(cache=True, nogil=True)
-def transpose(indptr: Any, values: Any, num_columns: Any) -> Any:
-    """Rows to columns by counting: (indptr [num_columns + 1], row numbers uint32, ascending in each column)."""
-    upto = np.zeros(num_columns + 1, np.int64)
-    for value in values:
-        upto[value + 1] += 1
-    for column in range(num_columns):
-        upto[column + 1] += upto[column]
-    place = upto[:-1].copy()
+def transpose(
+    indptr: NDArray[np.int64], values: NDArray[np.uint32], num_columns: int
+) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
+    """Rows to columns by counting: indptr [num_columns + 1] and row numbers, ascending in each column."""
+    upto = np.concatenate([[0], np.cumsum(np.bincount(values, minlength=num_columns))])
     rows = np.empty(len(values), np.uint32)
+    _transpose(indptr, values, upto[:-1].copy(), rows)
+    return upto, rows
+
+
+@numba.njit(cache=True, nogil=True)
+def _transpose(indptr: Any, values: Any, place: Any, rows: Any) -> None:
     for row in range(len(indptr) - 1):
         for k in range(indptr[row], indptr[row + 1]):
             rows[place[values[k]]] = row
             place[values[k]] += 1
-    return upto, rows
 
 
 @numba.njit(cache=True, nogil=True)
@@ -374,19 +376,15 @@ def write(
             raise ValueError(f"{folder} is not empty: name another --out, or remove it")
         folder.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {**asdict(catalogue), "string_keys": string_keys, "weights": weights, "features": features}
-    with multiprocessing.get_context("spawn").Pool(workers or multiprocessing.cpu_count()) as pool:
-        shards = (
-            (catalogue, shard, lengths, folders["interactions"], string_keys, weights)
-            for shard, lengths in enumerate(degrees(catalogue))
-        )
-        report["rows"] = sum(pool.imap_unordered(_write_interactions, shards))
-        if features:
-            blocks = range(math.ceil(catalogue.items / SHARD_ITEMS))
-            sum(
-                pool.imap_unordered(
-                    _write_items, [(catalogue, k, folders["items"], string_keys, features) for k in blocks]
-                )
-            )
+    shards = (
+        (catalogue, shard, lengths, folders["interactions"], string_keys, weights)
+        for shard, lengths in enumerate(degrees(catalogue))
+    )
+    blocks = range(math.ceil(catalogue.items / SHARD_ITEMS) if features else 0)
+    with nullcontext() if workers == 1 else multiprocessing.get_context("spawn").Pool(workers or None) as pool:
+        spread = pool.imap_unordered if pool else map
+        report["rows"] = sum(spread(_write_interactions, shards))
+        sum(spread(_write_items, [(catalogue, k, folders["items"], string_keys, features) for k in blocks]))
     for name, folder in folders.items():
         report[f"{name}_bytes"] = sum(path.stat().st_size for path in folder.iterdir())
     (out / "generator.json").write_text(json.dumps(report, indent=1) + "\n")
