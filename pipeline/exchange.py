@@ -59,17 +59,29 @@ def scatter(
     begin(storage, name)
 
     def work(task: Task) -> Task:
-        file = f"part-{task['number']:05d}.blocks"
-        shard = finished_shard(storage, name, file, lineage)
+        number = task["number"]
+        shard = finished_shard(storage, name, blocks_name(number), lineage)
         if shard is None:
-            table, destinations = make(task["number"])
-            data = encode_blocks(table, destinations, num_destinations)
-            shard = write_file(storage, name, file, data, lineage, rows=table.num_rows)
+            shard = write_blocks(storage, name, number, *make(number), num_destinations, lineage)
         return asdict(shard)
 
     results = run_tasks(spark, [{"number": number} for number in range(num_tasks)], work, label)
     shards = [Shard(**result) for result in results]
     return commit(storage, name, shards, lineage, {"destinations": num_destinations})
+
+
+def blocks_name(number: int) -> str:
+    """`part-00007.blocks`: by task, never by attempt."""
+    return f"part-{number:05d}.blocks"
+
+
+def write_blocks(
+    storage: Storage, name: str, number: int, table: pa.Table, destinations: NDArray[np.integer],
+    num_destinations: int, lineage: Lineage,
+) -> Shard:  # fmt: skip
+    """Store one task's file, with its receipt; the manifest needs `destinations` in its metadata."""
+    data = encode_blocks(table, destinations, num_destinations)
+    return write_file(storage, name, blocks_name(number), data, lineage, rows=table.num_rows)
 
 
 def destination_rows(spark: SparkSession, storage: Storage, manifest: Manifest, label: str) -> NDArray[np.int64]:
@@ -150,10 +162,10 @@ def encode_block(table: pa.Table) -> pa.Buffer:
     for field, column in zip(table.schema, table.columns, strict=True):
         array = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
         note = {}
-        if pa.types.is_integer(field.type) or pa.types.is_floating(field.type):
+        if (pa.types.is_integer(field.type) or pa.types.is_floating(field.type)) and not array.null_count:
             values = array.to_numpy()
             least, most = values.min(), values.max()
-            if least == most:
+            if least == most and (least != 0 or pa.types.is_integer(field.type)):  # -0.0 equals 0.0
                 array, note = pa.nulls(len(values)), {"constant": str(least)}
             elif pa.types.is_integer(field.type):
                 width = np.min_scalar_type(int(most) - int(least))

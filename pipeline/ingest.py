@@ -1,56 +1,58 @@
 """Raw files to clean interactions, users, items and content, all with dense ids.
 
-Reads the user's files; writes INTERACTIONS, USERS, ITEMS, CONTENT and QUARANTINE. Files are read once, in Python
-tasks that set bad rows aside; Spark then sorts the keys (ids are ranks, so they do not depend on partitions), joins ids
-to events and shuffles them to their shards. Memory: one file chunk or one shard per task; on the driver only counts.
+Reads the user's files; writes INTERACTIONS, USERS, ITEMS, CONTENT and QUARANTINE. The files are read twice, which costs
+less than keeping a copy: first for what is bad in them and for their keys, which are sorted by hash, a range of hashes
+per task, so that an id is the rank of its key's hash; then to send every event, as ids, to the shard of its user. Rows
+pass between tasks as blocks of columns (exchange.py), not through Spark. Memory: one piece of a file, one range of keys
+or one shard per task, beside the sorted hashes, which the tasks of a host map together; on the driver only counts.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
-from pyspark import StorageLevel
-from pyspark.sql import DataFrame, SparkSession, Window
-from pyspark.sql import functions as F
+from pyspark.sql import SparkSession
 
-from pipeline import sources
+from pipeline import event_kernel, sources
+from pipeline import keys as kernel
 from pipeline.contracts import schemas
-from pipeline.contracts.config import Data, Settings, Split
+from pipeline.contracts.config import Data, Settings
 from pipeline.contracts.datasets import (
     Lineage,
     Manifest,
     Shard,
     begin,
     commit,
-    finished_shard,
+    finished_manifest,
     open_manifest,
+    read_rows,
     read_shard,
-    shard_name,
-    write_file,
     write_shard,
 )
 from pipeline.contracts.errors import DataError
-from pipeline.contracts.sharding import MAX_IDS, count_shards
+from pipeline.contracts.replica import forget
+from pipeline.contracts.schemas import Dataset
+from pipeline.contracts.sharding import MAX_IDS, count_shards, shard_bounds, shard_of
 from pipeline.contracts.storage import Storage, describe_inputs
-from pipeline.spark import Task, progress, read_dataset, run_tasks, say, write_shards
+from pipeline.exchange import gather
+from pipeline.keys import Keys, KeyTable
+from pipeline.spark import Task, say
+from pipeline.steps import Blocks, Output, Report, run_step
 
 TRAIN, VALIDATION, TEST = schemas.TRAIN_SPLIT, schemas.VALIDATION_SPLIT, schemas.TEST_SPLIT
-EVENTS, EVENTS_BAD = "ingest/events", "ingest/events-quarantine"
-CATALOGUE, CATALOGUE_BAD = "ingest/catalogue", "ingest/catalogue-quarantine"
-_EVENT_COLUMNS = ["user_key", "item_key", "timestamp", "position", "weight"]
-_BUCKETS = 1 << 16
+SCRATCH = "ingest"
+EVENTS_BAD, CATALOGUE_BAD = f"{SCRATCH}/events-quarantine", f"{SCRATCH}/catalogue-quarantine"
+_CHANGED = "a file of task.data changed while it was being read; run again, when nobody writes there"
 _SHOWN_REPEATED = 10_000
 _COUNTED_REASONS = 10_000
 """Reasons may name keys: their summary stops growing here."""
-_BROADCAST_ROWS = 1_000_000
-"""Keys up to this many go to every task whole, about 50 MB, instead of sorting all events by key."""
+_EXAMPLES = 5
 
 
 def inputs(data: Data) -> dict[str, str]:
@@ -75,149 +77,257 @@ def inputs(data: Data) -> dict[str, str]:
 
 def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Lineage) -> None:
     """Read, clean, number, split and store everything that later stages need of the user's files."""
-    data, rows_per_shard = settings.task.data, settings.resources.rows_per_shard
-    events_plan = sources.plan_interactions(data.interactions, settings.resources.events_per_shard)
-    items_plan = [] if data.items is None else sources.plan_items(data.items, rows_per_shard)
-
-    events, dropped = _clean(
-        spark, storage, lineage, events_plan, EVENTS, EVENTS_BAD, data, "ingest: read interactions"
-    )
-    catalogue, _ = _clean(spark, storage, lineage, items_plan, CATALOGUE, CATALOGUE_BAD, data, "ingest: read items")
-    num_repeated, repeated = _repeated_items(spark, storage, catalogue, items_plan)
-    quarantine = _store_quarantine(storage, lineage, repeated)
-    bad_events, bad_items = (open_manifest(storage, name).num_rows for name in (EVENTS_BAD, CATALOGUE_BAD))
-    bad_items += num_repeated
-    for kind, plan, num_bad, total in (
-        ("interactions", events_plan, bad_events, events.num_rows + dropped + bad_events),
-        ("items", items_plan, bad_items, catalogue.num_rows + bad_items - num_repeated),
-    ):
-        _check_share(storage, quarantine, kind, plan, num_bad, total, data.max_quarantined_share)
-    if not events.num_rows:
-        raise DataError(f"{', '.join(data.interactions.paths)}: no interaction is left to learn from")
+    work = _Work(spark, storage, lineage, settings)
+    catalogue = _read_catalogue(work)
+    seen = _read_events(work)
+    _set_aside(work, catalogue, seen)
+    users, items = _number(work, "user", schemas.USERS), _number(work, "item", schemas.ITEMS)
+    unknown = _report_unknown(work, seen, items)
+    if work.split.kind == "temporal" and seen.first == seen.last:
+        raise DataError(
+            f"all interactions have the timestamp {seen.first}: a temporal split needs time; check "
+            "task.data.interactions.timestamp, or set task.split.kind to leave_last_out or random"
+        )
+    for side in (users, items):
+        _place(work, side)
+    _send_events(work, seen, users, items)
+    if catalogue is not None:
+        _send_content(work, items)
+    if inputs(work.data) != lineage.inputs:
+        raise DataError(_CHANGED)
     for dataset in schemas.INGEST.writes:
-        if dataset is not schemas.QUARANTINE:
+        if dataset is not schemas.QUARANTINE and finished_manifest(storage, dataset, lineage) is None:
             begin(storage, dataset)
-
-    rows = read_dataset(spark, storage, events, _EVENT_COLUMNS)
-    listed = (
-        _first_of_each_key(read_dataset(spark, storage, catalogue, ["item_key", "title", "position"]))
-        if items_plan
-        else None
-    )
-    known, unknown = _known_events(rows, listed, data)
-    known = known.persist(StorageLevel.MEMORY_AND_DISK)
-    earlier = None if data.previous is None else Storage(data.previous)
-    users = _number(spark, known.select(F.col("user_key").alias("key")).distinct(), earlier, schemas.USERS)
-    item_keys = known.select(F.col("item_key").alias("key")).distinct()
-    if listed is not None:
-        item_keys = item_keys.union(listed.select(F.col("item_key").alias("key"))).distinct()
-    items = _number(spark, item_keys, earlier, schemas.ITEMS)
-
-    numbered = (
-        known.join(users.lookup("user_key", "user_id"), "user_key")
-        .join(items.lookup("item_key", "item_id"), "item_key")
-        .select("user_id", "item_id", "timestamp", "position", "weight")
-    )
-    split, split_report = _split(numbered, settings.task.split, settings.task.seed)
-    split = split.persist(StorageLevel.MEMORY_AND_DISK)
-    num_shards = min(count_shards(events.num_rows, settings.resources.events_per_shard), users.count)
-    shards = write_shards(
-        split.withColumn("id", F.col("user_id")), users.count, num_shards, storage, schemas.INTERACTIONS,
-        lineage, _interactions, "ingest: write interactions",
-    )  # fmt: skip
-    counts = {row["split"]: row["count"] for row in split.groupBy("split").count().collect()}
-    if not counts.get(TRAIN):
-        raise DataError(f"the split leaves no training interaction: {split_report}; make task.split.test smaller")
-    report = {
-        "read": events.num_rows + dropped + bad_events, "bad": bad_events, "bad_items": bad_items,
-        "weightless": dropped, **unknown, **split_report,
-        "train": counts.get(TRAIN, 0), "validation": counts.get(VALIDATION, 0), "test": counts.get(TEST, 0),
-    }  # fmt: skip
-    for dataset, side, other, numbers, titles in (
-        (schemas.USERS, "user_id", "item_id", users, None),
-        (schemas.ITEMS, "item_id", "user_id", items, listed),
-    ):
-        stored = _store_nodes(storage, dataset, lineage, split, side, other, numbers, titles, rows_per_shard)
-        commit(storage, dataset, stored, lineage, {"new": numbers.count - numbers.earlier})
-    _store_content(spark, storage, lineage, catalogue if items_plan else None, items, rows_per_shard)
-    commit(storage, schemas.INTERACTIONS, shards, lineage, report)
+    report = _write_interactions(work, seen, users, items, {"bad_items": catalogue or 0, **unknown})
+    _write_users(work, users)
+    _write_items(work, items)
     say(summary(report, users.count, items.count))
-    for cached in (known, split):
-        cached.unpersist()
-    for numbers in (users, items):
-        numbers.release()
-    storage.delete("ingest")
+    storage.delete(SCRATCH)
+    for side in (users, items):
+        forget(storage, side.table, work.cache)
+    forget(storage, f"{SCRATCH}/listed", work.cache)
 
 
-# ------------------------------------------------------------------------------------------------ cleaning
+@dataclass(frozen=True)
+class _Seen:
+    """What the first reading of the events found, over all pieces."""
+
+    rows: int  # clean, of known items or not
+    bad: int
+    weightless: int
+    known: int  # rows of items that the catalogue has, or that are added
+    unknown: int
+    first: int
+    last: int
+
+    @property
+    def total(self) -> int:
+        """All rows that were read."""
+        return self.rows + self.weightless + self.bad
 
 
-def _clean(
-    spark: SparkSession, storage: Storage, lineage: Lineage, plan: Sequence[Task], good_name: str, bad_name: str,
-    data: Data, label: str,
-) -> tuple[Manifest, int]:  # fmt: skip
-    """Read every piece of the plan into a shard of clean rows and one of bad rows; also counts rows of weight 0.
+@dataclass(frozen=True)
+class _Side:
+    """Users or items: how many there are, how many of them an earlier run had, and where the sorted keys are.
 
-    Of the latter only the receipt of an empty file is kept: a restart needs their number and nothing else.
+    table is the scratch dataset of KeyTable. offsets has, for each range of hashes, the first id of its new keys.
     """
 
-    def work(task: Task) -> Task:
-        number = task["number"]
-        names = (good_name, bad_name, f"{good_name}-weightless")
-        good, bad, counted = (finished_shard(storage, name, number, lineage) for name in names)
-        if good is None or bad is None or counted is None:
-            weightless = 0
-            if good_name == EVENTS:
-                rows, rejected, weightless = sources.read_interactions(task, data.interactions)
-            else:
-                assert data.items is not None
-                rows, rejected = sources.read_items(task, data.items)
-            good = write_shard(storage, good_name, number, rows, lineage)
-            bad = write_shard(storage, bad_name, number, rejected, lineage)
-            counted = write_file(storage, names[2], shard_name(number), b"", lineage, rows=weightless)
-        return {"good": asdict(good), "bad": asdict(bad), "weightless": counted.rows}
-
-    results = run_tasks(spark, [{**task, "number": number} for number, task in enumerate(plan)], work, label)
-    commit(storage, bad_name, (Shard(**result["bad"]) for result in results), lineage)
-    good_shards = (Shard(**result["good"]) for result in results)
-    weightless = sum(result["weightless"] for result in results)
-    return commit(storage, good_name, good_shards, lineage), weightless
+    name: str
+    dataset: Dataset
+    count: int
+    earlier: int
+    table: str
+    offsets: tuple[int, ...]
+    num_shards: int
 
 
-def _repeated_items(
-    spark: SparkSession, storage: Storage, catalogue: Manifest, plan: Sequence[Task]
-) -> tuple[int, pa.Table]:
-    """How many catalogue rows have the key of an earlier row, and quarantine rows for the first of them."""
-    if not catalogue.num_rows:
-        return 0, schemas.QUARANTINE.arrow.empty_table()
-    rows = read_dataset(spark, storage, catalogue, ["item_key", "position"])
-    order = Window.partitionBy("item_key").orderBy("position")
-    ranked = rows.withColumn("place", F.row_number().over(order)).withColumn("first", F.first("position").over(order))
-    later = ranked.where("place > 1").persist()
-    with progress("ingest: find repeated items", 1, spark):
-        count = later.count()
-    urls = {sources.file_of(task["position"]): task["url"] for task in plan}
-    found = []
-    for row in later.orderBy("position").limit(_SHOWN_REPEATED).collect() if count else ():
-        key, first = row["item_key"], f"row {sources.row_of(row['first'])} of {urls[sources.file_of(row['first'])]}"
-        reason = f"item key {key!r} is already in {first}; keys must be unique"
-        source, number = urls[sources.file_of(row["position"])], sources.row_of(row["position"])
-        found.append({"source": source, "row": number, "reason": reason, "values": key})
-    later.unpersist()
-    return count, pa.Table.from_pylist(found, schema=schemas.QUARANTINE.arrow)
+class _Work:
+    """What every step needs; tasks take it along, without Spark."""
+
+    def __init__(self, spark: SparkSession, storage: Storage, lineage: Lineage, settings: Settings) -> None:
+        self._spark: SparkSession | None = spark
+        self.storage, self.lineage, self.cache = storage, lineage, settings.resources.cache
+        self.data, self.split, self.seed = settings.task.data, settings.task.split, settings.task.seed
+        self.rows_per_shard = settings.resources.rows_per_shard
+        self.events_per_shard = settings.resources.events_per_shard
+        self.events_plan = sources.plan_interactions(self.data.interactions, self.events_per_shard)
+        self.items_plan = [] if self.data.items is None else sources.plan_items(self.data.items, self.rows_per_shard)
+        self.earlier = None if self.data.previous is None else Storage(self.data.previous)
+        self.integers = {side: self._are_integers(side) for side in ("user", "item")}
+        rows = sum(task["rows"] for task in self.items_plan or self.events_plan)
+        self.num_ranges = {
+            "item": kernel.count_ranges(rows), "user": kernel.count_ranges(sum(t["rows"] for t in self.events_plan))
+        }  # fmt: skip
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_spark": None}
+
+    def _are_integers(self, side: str) -> bool:
+        """Whether every key of the side, tonight's and earlier, is sure to be an integer: then none need be text."""
+        column = getattr(self.data.interactions, side)
+        found = all(column in task["integers"] for task in self.events_plan)
+        if side == "item" and self.data.items is not None:
+            found &= all(self.data.items.key in task["integers"] for task in self.items_plan)
+        if self.earlier is not None:
+            found &= bool(open_manifest(self.earlier, _dataset(side)).metadata.get("integer_keys"))
+        return found
+
+    def run(
+        self, step: str, tasks: Sequence[Task], outputs: Sequence[Output],
+        make: Callable[[Task], tuple[Sequence[pa.Table | Blocks], Report]], label: str,
+    ) -> list[Report]:  # fmt: skip
+        """Run a step of the stage, or take what it reported when it ran."""
+        assert self._spark is not None
+        name = f"{SCRATCH}/{step}"
+        return run_step(self._spark, self.storage, self.lineage, name, tasks, outputs, make, f"ingest: {label}")
+
+    def open(self, name: str) -> Manifest:
+        """The manifest of a scratch dataset."""
+        return open_manifest(self.storage, f"{SCRATCH}/{name}")
+
+    def keys(self, side: str, name: str, number: int, *more: pa.Field) -> tuple[Keys, pa.Table]:
+        """Keys, and the columns beside them, that were sent to a range of hashes."""
+        schema = pa.schema([kernel.column(self.integers[side]), *more])
+        table = gather(self.storage, self.open(name), number, schema)
+        return kernel.from_table(table), table
+
+    def events(self, task: Task) -> tuple[pa.Table, pa.Table, int]:
+        """One piece of the interactions, as read_interactions gives it."""
+        integers = [side for side, are in self.integers.items() if are]
+        return sources.read_interactions(task, self.data.interactions, integers)
+
+    def items(self, task: Task) -> tuple[pa.Table, pa.Table]:
+        """One piece of the catalogue, as read_items gives it."""
+        assert self.data.items is not None
+        return sources.read_items(task, self.data.items, self.integers["item"])
+
+    def by_range(self, side: str, keys: Keys, **more: Any) -> Blocks:
+        """Keys, in the order of hashes or not, on their way to their ranges of hashes."""
+        places = kernel.range_of(keys.hashes, self.num_ranges[side]).astype(np.uint16)
+        return pa.table({**keys.columns, **more}), places
 
 
-def _first_of_each_key(catalogue: DataFrame) -> DataFrame:
-    order = Window.partitionBy("item_key").orderBy("position")
-    return catalogue.withColumn("place", F.row_number().over(order)).where("place = 1").drop("place")
+def _dataset(side: str) -> Dataset:
+    return schemas.USERS if side == "user" else schemas.ITEMS
 
 
-def _store_quarantine(storage: Storage, lineage: Lineage, repeated: pa.Table) -> Manifest:
+def _scratch(name: str, destinations: int = 0) -> Output:
+    return Output(f"{SCRATCH}/{name}", destinations)
+
+
+def _ranges(count: int) -> list[Task]:
+    return [{"range": number} for number in range(count)]
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+_POSITION, _COUNT = pa.field("position", pa.int64()), pa.field("count", pa.int64())
+
+
+def _read_catalogue(work: _Work) -> int | None:
+    """Find the catalogue's bad rows and its keys; returns how many rows are bad or repeat a key, None without one."""
+    if not work.items_plan:
+        return None
+    num_ranges = work.num_ranges["item"]
+
+    def read(task: Task) -> tuple[Sequence[pa.Table | Blocks], Report]:
+        good, bad = work.items(task)
+        blocks = work.by_range("item", kernel.hashed(good.column("item_key")), position=good.column("position"))
+        return (bad, blocks), {"rows": good.num_rows, "bad": bad.num_rows}
+
+    def list_keys(task: Task) -> tuple[Sequence[pa.Table], Report]:
+        keys, rows = work.keys("item", "catalogue-keys", task["range"], _POSITION)
+        positions = rows.column("position").to_numpy()
+        order, starts = kernel.grouped(keys)
+        sizes = np.diff(np.append(starts, len(order)))
+        later = np.ones(len(order), dtype=bool)
+        later[starts] = False
+        again = order[later]
+        firsts = positions[np.repeat(order[starts], sizes)[later]]
+        kept = np.argsort(positions[again])[:_SHOWN_REPEATED]
+        repeated = pa.table(
+            {"position": positions[again][kept], "first": firsts[kept], "key": keys.take(again[kept]).shown}
+        )
+        listed = keys.take(order[starts])
+        some = listed.take(np.arange(min(3, len(listed)))).shown.to_pylist()
+        return (kernel.table_of(listed), repeated), {"repeated": int(later.sum()), "some": some}
+
+    outputs = (Output(CATALOGUE_BAD), _scratch("catalogue-keys", num_ranges))
+    found = work.run("catalogue", work.items_plan, outputs, read, "read items")
+    listing = Output(f"{SCRATCH}/listed", describe=lambda _: {"columns": _columns(work, "item")})
+    repeats = work.run(
+        "catalogue-listed", _ranges(num_ranges), (listing, _scratch("repeated")), list_keys, "list items"
+    )
+    return sum(int(report["bad"]) for report in found) + sum(int(report["repeated"]) for report in repeats)
+
+
+def _read_events(work: _Work) -> _Seen:
+    """Find the events' bad rows and their keys. With a catalogue, items are looked up at once."""
+    adds = work.data.items is None or work.data.unknown_items == "add"
+    listed = work.open("listed") if work.items_plan else None
+
+    def read(task: Task) -> tuple[Sequence[pa.Table | Blocks], Report]:
+        good, bad, weightless = work.events(task)
+        users, items = (kernel.hashed(good.column(name)) for name in ("user_key", "item_key"))
+        moments = good.column("timestamp").to_numpy()
+        report = {"rows": good.num_rows, "bad": bad.num_rows, "weightless": weightless, "unknown": 0}
+        if listed is None:
+            item_blocks = work.by_range("item", kernel.distinct(items))
+        else:
+            known = KeyTable.open(work.storage, listed, work.cache).find(items) >= 0
+            strangers, counts = kernel.counted(items.take(np.flatnonzero(~known)))
+            item_blocks = work.by_range("item", strangers, count=counts)
+            report["unknown"] = int(counts.sum())
+            if not adds and not known.all():
+                users, moments = users.take(np.flatnonzero(known)), moments[known]
+        report |= {"known": len(users)}
+        if len(moments):
+            report |= {"first": int(moments.min()), "last": int(moments.max())}
+        return (bad, work.by_range("user", kernel.distinct(users)), item_blocks), report
+
+    outputs = (
+        Output(EVENTS_BAD),
+        _scratch("user-keys", work.num_ranges["user"]),
+        _scratch("item-keys", work.num_ranges["item"]),
+    )
+    found = work.run("events-read", work.events_plan, outputs, read, "read interactions")
+    totals = {name: sum(report[name] for report in found) for name in ("rows", "bad", "weightless", "known", "unknown")}
+    first = min((report["first"] for report in found if "first" in report), default=0)
+    last = max((report["last"] for report in found if "last" in report), default=0)
+    return _Seen(**totals, first=first, last=last)
+
+
+# ------------------------------------------------------------------------------------------------ bad rows
+
+
+def _set_aside(work: _Work, catalogue: int | None, seen: _Seen) -> None:
+    """Publish the bad rows; raise DataError if they are more than their share, or if nothing else is left."""
+    quarantine = _store_quarantine(work, catalogue is not None)
+    found = [] if catalogue is None else work.open("catalogue").metadata["reports"]
+    num_items = sum(report["rows"] + report["bad"] for report in found)
+    for kind, plan, num_bad, all_rows in (
+        ("interactions", work.events_plan, seen.bad, seen.total),
+        ("items", work.items_plan, catalogue or 0, num_items),
+    ):
+        _check_share(work.storage, quarantine, kind, plan, num_bad, all_rows, work.data.max_quarantined_share)
+    if not seen.rows:
+        raise DataError(f"{', '.join(work.data.interactions.paths)}: no interaction is left to learn from")
+
+
+def _store_quarantine(work: _Work, has_catalogue: bool) -> Manifest:
     """Commit all bad rows as one dataset, a shard per piece that has any, with the commonest reasons."""
+    storage, lineage = work.storage, work.lineage
+    tables = [_bad_rows(storage, EVENTS_BAD)]
+    repeated = schemas.QUARANTINE.arrow.empty_table()
+    if has_catalogue:
+        tables += [_bad_rows(storage, CATALOGUE_BAD)]
+        repeated = _repeated_items(work)
     begin(storage, schemas.QUARANTINE)
     reasons: Counter[str] = Counter()
     shards: list[Shard] = []
-    for table in chain(_bad_rows(storage, EVENTS_BAD), _bad_rows(storage, CATALOGUE_BAD), [repeated]):
+    for table in chain(*tables, [repeated]):
         if table.num_rows or (table is repeated and not shards):
             if len(reasons) < _COUNTED_REASONS:
                 reasons.update(table.column("reason").to_pylist())
@@ -225,6 +335,25 @@ def _store_quarantine(storage: Storage, lineage: Lineage, repeated: pa.Table) ->
     commonest = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))[:20]
     metadata = {"reasons": [{"reason": reason, "rows": rows} for reason, rows in commonest]}
     return commit(storage, schemas.QUARANTINE, shards, lineage, metadata)
+
+
+def _repeated_items(work: _Work) -> pa.Table:
+    """Quarantine rows for the first catalogue rows that have the key of an earlier row."""
+    manifest = work.open("repeated")
+    found = None
+    for number, shard in enumerate(manifest.shards):
+        if shard.rows or found is None:
+            rows = read_shard(work.storage, manifest, number)
+            found = rows if found is None else pa.concat_tables([found, rows])
+            found = found.sort_by("position").slice(0, _SHOWN_REPEATED)
+    urls = {sources.file_of(task["position"]): task["url"] for task in work.items_plan}
+    lines = []
+    for row in () if found is None else found.to_pylist():
+        key, first = row["key"], f"row {sources.row_of(row['first'])} of {urls[sources.file_of(row['first'])]}"
+        reason = f"item key {key!r} is already in {first}; keys must be unique"
+        source, number = urls[sources.file_of(row["position"])], sources.row_of(row["position"])
+        lines.append({"source": source, "row": number, "reason": reason, "values": key})
+    return pa.Table.from_pylist(lines, schema=schemas.QUARANTINE.arrow)
 
 
 def _bad_rows(storage: Storage, name: str) -> Iterator[pa.Table]:
@@ -254,6 +383,323 @@ def _check_share(
     )
 
 
+# ------------------------------------------------------------------------------------------------ ids
+
+
+def _number(work: _Work, name: str, dataset: Dataset) -> _Side:
+    """Sort the side's keys by hash, a range per task, with those of an earlier run, whose ids they keep."""
+    num_ranges = work.num_ranges[name]
+    earlier = 0 if work.earlier is None else _send_earlier(work, name, dataset)
+    listed = work.open("listed") if name == "item" and work.items_plan else None
+    adds = work.data.unknown_items == "add"
+
+    def number(task: Task) -> tuple[Sequence[pa.Table], Report]:
+        report: Report = {}
+        if listed is None:
+            tonight = kernel.distinct(work.keys(name, f"{name}-keys", task["range"])[0])
+        else:
+            tonight = kernel.keys_of(read_shard(work.storage, listed, task["range"]))
+            found, rows = work.keys(name, f"{name}-keys", task["range"], _COUNT)
+            strangers, counts = kernel.counted(found, rows.column("count").to_numpy())
+            report = {"strangers": len(strangers), "examples": kernel.commonest(strangers, counts, _EXAMPLES)}
+            if adds:
+                tonight = kernel.distinct(kernel.concatenated([tonight, strangers]))
+        if not earlier:
+            return [kernel.table_of(tonight)], {**report, "new": len(tonight)}
+        former, rows = work.keys(name, f"{name}-earlier", task["range"], pa.field("id", pa.int64()))
+        both, known, present = kernel.united(former, rows.column("id").to_numpy(), tonight)
+        return [kernel.table_of(both, known=known, present=present)], {**report, "new": int((known < 0).sum())}
+
+    keys = Output(f"{SCRATCH}/{name}-table", describe=lambda _: {"columns": _columns(work, name)})
+    reports = work.run(f"{name}-numbers", _ranges(num_ranges), [keys], number, f"number {dataset.name}")
+    new = [report["new"] for report in reports]
+    total = earlier + sum(new)
+    check_ids(total, dataset)
+    for done in (f"{name}-keys", f"{name}-earlier"):
+        work.storage.delete(f"{SCRATCH}/{done}")
+    offsets = earlier + np.concatenate([[0], np.cumsum(new[:-1], dtype=np.int64)])
+    table = f"{SCRATCH}/{name}-ids" if earlier else f"{SCRATCH}/{name}-table"
+    num_shards = count_shards(total, work.rows_per_shard)
+    return _Side(name, dataset, total, earlier, table, tuple(offsets.astype(int).tolist()), num_shards)
+
+
+def check_ids(total: int, dataset: Dataset) -> None:
+    """Raise DataError for more ids than 32 bits can tell apart."""
+    if total > MAX_IDS:
+        raise DataError(
+            f"{total:,} {dataset.name}: ids are 32-bit (half the memory of every graph and neighbour table), so "
+            f"at most {MAX_IDS:,} fit; split the catalogue or drop {dataset.name} that are never used"
+        )
+
+
+def _columns(work: _Work, side: str) -> list[str]:
+    return ["hash"] if work.integers[side] else ["hash", "check", "key"]
+
+
+def _send_earlier(work: _Work, name: str, dataset: Dataset) -> int:
+    """Send an earlier run's keys and ids to their ranges of hashes; returns how many there are."""
+    earlier = work.earlier
+    assert earlier is not None
+    manifest = open_manifest(earlier, dataset)
+
+    def send(task: Task) -> tuple[Sequence[Blocks], Report]:
+        rows = read_shard(earlier, manifest, task["shard"], ["key", "id"])
+        texts = rows.column("key")
+        keys = kernel.hashed(texts.cast(pa.int64()) if work.integers[name] else texts)
+        return [work.by_range(name, keys, id=rows.column("id").cast(pa.int64()))], {}
+
+    shards: list[Task] = [{"shard": number} for number in range(len(manifest.shards))]
+    output = _scratch(f"{name}-earlier", work.num_ranges[name])
+    work.run(f"{name}-earlier-sent", shards, [output], send, f"read earlier {dataset.name}")
+    return manifest.num_rows
+
+
+def _place(work: _Work, side: _Side) -> None:
+    """Send every key with its id to its shard of the side's dataset, and store ids to look up unless rows are ids."""
+    manifest = work.open(f"{side.name}-table")
+
+    def place(task: Task) -> tuple[Sequence[pa.Table | Blocks], Report]:
+        table = read_shard(work.storage, manifest, task["range"])
+        keys, offset = kernel.keys_of(table), side.offsets[task["range"]]
+        if not side.earlier:
+            ids = np.arange(offset, offset + len(keys))
+        else:
+            known = table.column("known").to_numpy()
+            ids = np.where(known < 0, offset + np.cumsum(known < 0) - 1, known)
+        blocks = (
+            pa.table({"key": keys.outside, "id": ids.astype(np.uint32)}),
+            shard_of(ids, side.count, side.num_shards),
+        )
+        if not side.earlier:
+            return [blocks], {}
+        there = np.flatnonzero(table.column("present").to_numpy())
+        return [blocks, kernel.table_of(keys.take(there), id=ids[there].astype(np.uint32))], {}
+
+    columns = [*_columns(work, side.name), "id"]
+    lookup = [Output(side.table, describe=lambda _: {"columns": columns})] if side.earlier else []
+    placed = _scratch(f"{side.name}-placed", side.num_shards)
+    label = f"place {side.dataset.name}"
+    work.run(f"{side.name}-places", _ranges(len(side.offsets)), [placed, *lookup], place, label)
+
+
+def _report_unknown(work: _Work, seen: _Seen, items: _Side) -> dict[str, Any]:
+    """What is to be said of items that the catalogue lacks; DataError if those are all."""
+    if not work.items_plan:
+        return {"unknown_items": 0, "events_of_unknown_items": 0}
+    found = work.open(f"{items.name}-numbers").metadata["reports"]
+    ranked = sorted((-count, key) for report in found for count, key in report["examples"])
+    examples = [key for _, key in ranked[:_EXAMPLES]]
+    if not seen.known:
+        listing = work.open("catalogue-listed").metadata["reports"]
+        some = [key for report in listing for key in report["some"]][:3]
+        raise DataError(
+            f"no interaction names an item of the catalogue: interactions have keys such as {examples[:3]}, the "
+            f"catalogue has {some}; check task.data.items.key and task.data.interactions.item"
+        )
+    return {
+        "unknown_items": sum(report["strangers"] for report in found),
+        "events_of_unknown_items": seen.unknown,
+        "unknown_item_examples": examples,
+    }
+
+
+# ------------------------------------------------------------------------------------------------ events
+
+
+def _events_schema(work: _Work) -> pa.Schema:
+    """An event on its way to its user's shard. Files and rows keep their order, so it need not say its place."""
+    fields = [("user_id", pa.uint32()), ("item_id", pa.uint32()), ("timestamp", pa.int64()), ("weight", pa.float32())]
+    return pa.schema(fields + ([("split", pa.uint8())] if work.split.kind == "random" else []))
+
+
+def _num_event_shards(work: _Work, seen: _Seen, users: _Side) -> int:
+    return min(count_shards(seen.rows, work.events_per_shard), users.count)
+
+
+def _send_events(work: _Work, seen: _Seen, users: _Side, items: _Side) -> None:
+    """Read the events again, and send them under their ids to the shards of their users."""
+    num_shards = _num_event_shards(work, seen, users)
+    user_table, item_table = (open_manifest(work.storage, side.table) for side in (users, items))
+    schema, drops = _events_schema(work), work.data.unknown_items == "drop" and bool(work.items_plan)
+
+    def send(task: Task) -> tuple[Sequence[pa.Table | Blocks], Report]:
+        good, _, _ = work.events(task)
+        item_ids = KeyTable.open(work.storage, item_table, work.cache).find(kernel.hashed(good.column("item_key")))
+        if drops and (item_ids < 0).any():
+            good, item_ids = good.filter(pa.array(item_ids >= 0)), item_ids[item_ids >= 0]
+        user_ids = KeyTable.open(work.storage, user_table, work.cache).find(kernel.hashed(good.column("user_key")))
+        moments = good.column("timestamp").to_numpy()
+        within = not len(moments) or (moments.min() >= seen.first and moments.max() <= seen.last)
+        if not within or (item_ids < 0).any() or (user_ids < 0).any():
+            raise DataError(f"{task['url']}: {_CHANGED}")
+        columns: dict[str, Any] = {
+            "user_id": user_ids.astype(np.uint32), "item_id": item_ids.astype(np.uint32), "timestamp": moments,
+            "weight": good.column("weight"),
+        }  # fmt: skip
+        if work.split.kind == "random":
+            columns["split"] = event_kernel.split_at_random(good.column("position").to_numpy(), work.split, work.seed)
+        counts = np.zeros(0, np.int64)
+        if work.split.kind == "temporal":
+            counts = event_kernel.bucket_counts(moments, seen.first, seen.last)
+        filled = np.flatnonzero(counts)
+        blocks = pa.table(columns, schema=schema), shard_of(user_ids, users.count, num_shards)
+        return (blocks, pa.table({"bucket": filled, "count": counts[filled]})), {}
+
+    outputs = (_scratch("events", num_shards), _scratch("moments"))
+    work.run("events-sent", work.events_plan, outputs, send, "number interactions")
+
+
+def _moments(work: _Work, seen: _Seen) -> tuple[int, int]:
+    manifest = work.open("moments")
+    counts = np.zeros(event_kernel.NUM_BUCKETS, np.int64)
+    for number in range(len(manifest.shards)):
+        rows = read_shard(work.storage, manifest, number)
+        counts[rows.column("bucket").to_numpy()] += rows.column("count").to_numpy()
+    return event_kernel.moments(seen.first, seen.last, counts, work.split)
+
+
+_DEGREES = pa.schema([("id", pa.uint32()), ("count", pa.uint32()), ("first", pa.int64())])
+
+
+def _write_interactions(work: _Work, seen: _Seen, users: _Side, items: _Side, said: dict[str, Any]) -> dict[str, Any]:
+    """Write the shards of events, each with its users' degrees, and send its items' degrees to their shards."""
+    num_shards, schema, split = _num_event_shards(work, seen, users), _events_schema(work), work.split
+    report: dict[str, Any] = {
+        "read": seen.total, "bad": seen.bad, "weightless": seen.weightless, **said,
+        "split": split.kind,
+    }  # fmt: skip
+    first_held = (0, 0)
+    if split.kind == "temporal":
+        first_held = _moments(work, seen)
+        report |= {"validation_from": first_held[0], "test_from": first_held[1]}
+
+    def write(task: Task) -> tuple[Sequence[pa.Table | Blocks], Report]:
+        sent = gather(work.storage, work.open("events"), task["range"], schema)
+        order = event_kernel.user_order(sent.column("user_id").to_numpy(), sent.column("timestamp").to_numpy())
+        columns = {name: sent.column(name).to_numpy()[order] for name in schema.names}
+        if split.kind == "temporal":
+            columns["split"] = event_kernel.split_by_time(columns["timestamp"], *first_held)
+        elif split.kind == "leave_last_out":
+            held = int(split.validation), int(split.test)
+            columns["split"] = event_kernel.split_last_out(columns["user_id"], *held)
+        learns = np.flatnonzero(columns["split"] == TRAIN)
+        training = [columns[name][learns] for name in ("user_id", "item_id", "timestamp")]
+        start, stop = shard_bounds(users.count, num_shards, task["range"])
+        degree, first_seen, ids, counts, firsts = event_kernel.degrees(
+            training[0], training[1], training[2], start, stop
+        )
+        rows = pa.table({"id": ids, "count": counts.astype(np.uint32), "first": firsts}, schema=_DEGREES)
+        marks = np.bincount(columns["split"], minlength=3).tolist()
+        return (
+            pa.table(columns).select(schemas.INTERACTIONS.arrow.names),
+            pa.table({"degree": degree, "first_seen": first_seen}),
+            (rows, shard_of(ids, items.count, items.num_shards)),
+        ), {"marks": marks}
+
+    def describe(reports: list[Report]) -> dict[str, Any]:
+        marks = np.sum([done["marks"] for done in reports], axis=0).tolist()
+        if not marks[TRAIN]:
+            raise DataError(f"the split leaves no training interaction: {report}; make task.split.test smaller")
+        return {**report, "train": marks[TRAIN], "validation": marks[VALIDATION], "test": marks[TEST]}
+
+    outputs = (
+        Output(schemas.INTERACTIONS, describe=describe),
+        _scratch("user-degrees"),
+        _scratch("item-degrees", items.num_shards),
+    )
+    reports = work.run("events-written", _ranges(num_shards), outputs, write, "write interactions")
+    work.storage.delete(f"{SCRATCH}/events")
+    return describe(reports)
+
+
+# ------------------------------------------------------------------------------------------------ users, items, content
+
+
+def _placed(work: _Work, side: _Side, number: int) -> tuple[pa.Array, int, int]:
+    """The keys of a shard of users or items, by id, as text, and which ids they are."""
+    kind = pa.int64() if work.integers[side.name] else pa.string()
+    schema = pa.schema([("key", kind), ("id", pa.uint32())])
+    rows = gather(work.storage, work.open(f"{side.name}-placed"), number, schema)
+    start, stop = shard_bounds(side.count, side.num_shards, number)
+    ids = rows.column("id").to_numpy()
+    assert len(ids) == stop - start, f"{side.name} shard {number} has {len(ids)} keys for {stop - start} ids"
+    keys = rows.column("key").take(pa.array(np.argsort(ids, kind="stable")))
+    return keys.cast(pa.string()), start, stop
+
+
+def _describe(work: _Work, side: _Side) -> Callable[[list[Report]], dict[str, Any]]:
+    found = {"new": side.count - side.earlier, "integer_keys": work.integers[side.name]}
+    return lambda _: found
+
+
+def _write_users(work: _Work, users: _Side) -> None:
+    def write(task: Task) -> tuple[Sequence[pa.Table], Report]:
+        keys, start, stop = _placed(work, users, task["range"])
+        seen = _rows_of_users(work, users, start, stop)
+        columns = {"key": keys, "id": np.arange(start, stop, dtype=np.uint32)}
+        return [pa.table({**columns, "degree": seen.column("degree"), "first_seen": seen.column("first_seen")})], {}
+
+    output = Output(users.dataset, describe=_describe(work, users))
+    work.run("users-written", _ranges(users.num_shards), [output], write, "write users")
+
+
+def _rows_of_users(work: _Work, users: _Side, start: int, stop: int) -> pa.Table:
+    return read_rows(work.storage, work.open("user-degrees"), start, stop)
+
+
+def _content_schema(work: _Work) -> pa.Schema:
+    content = pa.schema([]) if work.data.items is None else sources.content_schema(work.data.items)
+    return pa.schema([pa.field("id", pa.uint32()), pa.field("title", pa.string()), *content])
+
+
+def _send_content(work: _Work, items: _Side) -> None:
+    """Read the catalogue again, and send titles and content to the shards of their items."""
+    schema, manifest = _content_schema(work), open_manifest(work.storage, items.table)
+
+    def send(task: Task) -> tuple[Sequence[Blocks], Report]:
+        good, _ = work.items(task)
+        ids = KeyTable.open(work.storage, manifest, work.cache).find(kernel.hashed(good.column("item_key")))
+        if (ids < 0).any():
+            raise DataError(f"{task['url']}: {_CHANGED}")
+        rows = good.drop_columns(["item_key", "position"]).add_column(0, "id", pa.array(ids.astype(np.uint32)))
+        return [(rows.cast(schema), shard_of(ids, items.count, items.num_shards))], {}
+
+    output = _scratch("content", items.num_shards)
+    work.run("content-sent", work.items_plan, [output], send, "send content")
+
+
+def _write_items(work: _Work, items: _Side) -> None:
+    """Write the items, and their content by id: nulls where the catalogue has none, of repeated keys the first row."""
+    schema = _content_schema(work)
+
+    def write(task: Task) -> tuple[Sequence[pa.Table], Report]:
+        number = task["range"]
+        keys, start, stop = _placed(work, items, number)
+        degree, first_seen = np.zeros(stop - start, np.int64), np.full(stop - start, np.iinfo(np.int64).max)
+        parts = gather(work.storage, work.open("item-degrees"), number, _DEGREES)
+        places = parts.column("id").to_numpy().astype(np.int64) - start
+        np.add.at(degree, places, parts.column("count").to_numpy().astype(np.int64))
+        np.minimum.at(first_seen, places, parts.column("first").to_numpy())
+        first_seen[degree == 0] = -1
+        rows = schema.empty_table()
+        if work.items_plan:
+            rows = gather(work.storage, work.open("content"), number, schema)
+        owners, firsts = np.unique(rows.column("id").to_numpy().astype(np.int64) - start, return_index=True)
+        chosen = np.full(stop - start, -1)
+        chosen[owners] = firsts
+        content = rows.drop_columns(["id"]).take(pa.array(chosen, mask=chosen < 0))
+        ids = np.arange(start, stop, dtype=np.uint32)
+        columns = {"key": keys, "id": ids, "degree": degree, "first_seen": first_seen}
+        nodes = pa.table({**columns, "title": content.column("title")})
+        return [nodes, content.drop_columns(["title"]).add_column(0, pa.field("id", pa.uint32()), pa.array(ids))], {}
+
+    outputs = (
+        Output(items.dataset, describe=_describe(work, items)),
+        Output(schemas.CONTENT, describe=lambda _: {"columns": schema.names[2:]}),
+    )
+    work.run("items-written", _ranges(items.num_shards), outputs, write, "write items")
+
+
 def summary(report: dict[str, Any], num_users: int, num_items: int) -> str:
     """What became of the interactions, in one line for a person."""
     found = (
@@ -271,202 +717,3 @@ def summary(report: dict[str, Any], num_users: int, num_items: int) -> str:
             f"catalogue lacks, such as {some}"
         )
     return found
-
-
-def _known_events(events: DataFrame, catalogue: DataFrame | None, data: Data) -> tuple[DataFrame, dict[str, Any]]:
-    """Events of items in the catalogue, and what is to be said of the others."""
-    if catalogue is None:
-        return events, {"unknown_items": 0, "events_of_unknown_items": 0}
-    keys = catalogue.select("item_key").persist(StorageLevel.MEMORY_AND_DISK)
-    with progress("ingest: look up items", 1, events.sparkSession):
-        listed = F.broadcast(keys) if keys.count() <= _BROADCAST_ROWS else keys
-        strangers = events.groupBy("item_key").count().join(listed, "item_key", "left_anti").persist()
-        total = strangers.agg(F.count("item_key"), F.coalesce(F.sum("count"), F.lit(0))).collect()[0]
-    examples = [row["item_key"] for row in strangers.orderBy(F.desc("count"), "item_key").limit(5).collect()]
-    strangers.unpersist()
-    report = {"unknown_items": total[0], "events_of_unknown_items": total[1], "unknown_item_examples": examples}
-    if data.unknown_items == "add":
-        return events, report
-    known = events if not total[1] else events.join(listed, "item_key", "left_semi")
-    if total[1] and not known.take(1):
-        some = [row["item_key"] for row in keys.limit(3).collect()]
-        raise DataError(
-            f"no interaction names an item of the catalogue: interactions have keys such as {examples[:3]}, the "
-            f"catalogue has {some}; check task.data.items.key and task.data.interactions.item"
-        )
-    return known, report
-
-
-# ------------------------------------------------------------------------------------------------ ids
-
-
-class _Numbered:
-    """Keys with their ids, how many there are, and how many of them an earlier run had."""
-
-    def __init__(self, rows: DataFrame, ranged: DataFrame, count: int, earlier: int) -> None:
-        self.rows, self._ranged, self.count, self.earlier = rows, ranged, count, earlier
-
-    def release(self) -> None:
-        """Free what Spark keeps of it."""
-        self.rows.unpersist()
-        self._ranged.unpersist()
-
-    def lookup(self, key: str, id_column: str) -> DataFrame:
-        """Keys and ids under these names, sent whole to every task if that is cheaper than sorting the events."""
-        table = self.rows.select(F.col("key").alias(key), F.col("id").alias(id_column))
-        return F.broadcast(table) if self.count <= _BROADCAST_ROWS else table
-
-
-def _number(spark: SparkSession, keys: DataFrame, earlier: Storage | None, dataset: schemas.Dataset) -> _Numbered:
-    """Give every key its rank among the new keys, after the ids of the earlier run, which are kept."""
-    old, num_old = None, 0
-    if earlier is not None:
-        manifest = open_manifest(earlier, dataset)
-        old, num_old = read_dataset(spark, earlier, manifest, ["key", "id"]), manifest.num_rows
-        keys = keys.join(old.select("key"), "key", "left_anti")
-    partitions = int(spark.conf.get("spark.sql.shuffle.partitions") or "8")
-    ranged = keys.repartitionByRange(partitions, "key").sortWithinPartitions("key")
-    ranged = ranged.withColumn("partition", F.spark_partition_id()).persist(StorageLevel.DISK_ONLY)
-    with progress(f"ingest: number {dataset.name}", 1, spark):
-        sizes = {row[0]: row[1] for row in ranged.groupBy("partition").count().collect()}
-    total = num_old + sum(sizes.values())
-    if total > MAX_IDS:
-        raise DataError(
-            f"{total:,} {dataset.name}: ids are 32-bit (half the memory of every graph and neighbour table), so "
-            f"at most {MAX_IDS:,} fit; split the catalogue or drop {dataset.name} that are never used"
-        )
-    offsets, before = {}, num_old
-    for partition in sorted(sizes):
-        offsets[partition] = before
-        before += sizes[partition]
-
-    def enumerate_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        next_id: int | None = None
-        for batch in batches:
-            if batch.num_rows:
-                # The column, not the task, says which partition this is: a union renumbers the tasks.
-                next_id = offsets[batch.column("partition")[0].as_py()] if next_id is None else next_id
-                ids = pa.array(np.arange(next_id, next_id + batch.num_rows), pa.int64())
-                next_id += batch.num_rows
-                yield pa.RecordBatch.from_arrays([batch.column("key"), ids], ["key", "id"])
-
-    rows = ranged.mapInArrow(enumerate_rows, "key string, id long")
-    rows = rows if old is None else old.select("key", "id").union(rows)
-    return _Numbered(rows.persist(StorageLevel.MEMORY_AND_DISK), ranged, total, num_old)
-
-
-def _store_nodes(
-    storage: Storage, dataset: schemas.Dataset, lineage: Lineage, events: DataFrame, side: str, other: str,
-    numbers: _Numbered, titles: DataFrame | None, rows_per_shard: int,
-) -> list[Shard]:  # fmt: skip
-    """Write users or items: keys by id, with degree and first sight in the training period only."""
-    seen = (
-        events.where(F.col("split") == TRAIN)
-        .groupBy(F.col(side).alias("id"))
-        .agg(F.countDistinct(other).alias("degree"), F.min("timestamp").alias("first_seen"))
-    )
-    nodes = numbers.rows.join(seen, "id", "left").select(
-        "key",
-        "id",
-        F.coalesce("degree", F.lit(0)).alias("degree"),
-        F.coalesce("first_seen", F.lit(-1)).alias("first_seen"),
-    )
-    if dataset is schemas.ITEMS:
-        if titles is None:
-            nodes = nodes.withColumn("title", F.lit(None).cast("string"))
-        else:
-            nodes = nodes.join(titles.select(F.col("item_key").alias("key"), "title"), "key", "left")
-            nodes = nodes.select("key", "id", "degree", "first_seen", "title")
-
-    def finish(_: int, group: pa.Table) -> pa.Table:
-        return group.sort_by("id").cast(dataset.arrow)
-
-    num_shards = count_shards(numbers.count, rows_per_shard)
-    return write_shards(
-        nodes, numbers.count, num_shards, storage, dataset, lineage, finish, f"ingest: write {dataset.name}"
-    )
-
-
-def _store_content(
-    spark: SparkSession, storage: Storage, lineage: Lineage, catalogue: Manifest | None, items: _Numbered,
-    rows_per_shard: int,
-) -> None:  # fmt: skip
-    """Write the content columns by item id; an item without content has nulls."""
-    num_shards = count_shards(items.count, rows_per_shard)
-    if catalogue is None:
-        rows, columns = items.rows.select("id"), pa.schema([])
-    else:
-        stored_columns = read_shard(storage, catalogue, 0).schema
-        columns = pa.schema([field for field in stored_columns if field.name not in ("item_key", "title", "position")])
-        wanted = ["item_key", "position", *columns.names]
-        listed = _first_of_each_key(read_dataset(spark, storage, catalogue, wanted))
-        rows = (
-            items.rows.withColumnRenamed("key", "item_key")
-            .join(listed, "item_key", "left")
-            .drop("item_key", "position")
-        )
-    schema = pa.schema([pa.field("id", pa.uint32()), *columns])
-
-    def finish(_: int, group: pa.Table) -> pa.Table:
-        return group.sort_by("id").select(schema.names).cast(schema)
-
-    stored = write_shards(
-        rows, items.count, num_shards, storage, schemas.CONTENT, lineage, finish, "ingest: write content"
-    )
-    commit(storage, schemas.CONTENT, stored, lineage, {"columns": columns.names})
-
-
-# ------------------------------------------------------------------------------------------------ split
-
-
-def _split(events: DataFrame, split: Split, seed: int) -> tuple[DataFrame, dict[str, Any]]:
-    """Mark every event as train, validation or test, and say how."""
-    if split.kind == "temporal":
-        validation_from, test_from = _moments(events, split)
-        column = F.when(F.col("timestamp") >= test_from, TEST).when(F.col("timestamp") >= validation_from, VALIDATION)
-        report = {"split": "temporal", "validation_from": validation_from, "test_from": test_from}
-        return events.withColumn("split", column.otherwise(TRAIN)), report
-    if split.kind == "leave_last_out":
-        latest = Window.partitionBy("user_id").orderBy(F.desc("timestamp"), F.desc("position"))
-        size = F.count(F.lit(1)).over(Window.partitionBy("user_id"))
-        held = int(split.validation + split.test)
-        place = F.row_number().over(latest)
-        column = (
-            F.when((size <= held) | (place > held), TRAIN).when(place <= int(split.test), TEST).otherwise(VALIDATION)
-        )
-        return events.withColumn("split", column), {"split": "leave_last_out"}
-    draw = F.pmod(F.xxhash64(F.lit(seed), "position"), F.lit(1 << 30)) / F.lit(float(1 << 30))
-    column = F.when(draw < split.test, TEST).when(draw < split.test + split.validation, VALIDATION).otherwise(TRAIN)
-    return events.withColumn("split", column), {"split": "random"}
-
-
-def _moments(events: DataFrame, split: Split) -> tuple[int, int]:
-    """The two moments that cut off the last shares of events, to 1/65536 of the time span, from a histogram."""
-    with progress("ingest: find the split", 1, events.sparkSession):
-        first, last = events.agg(F.min("timestamp"), F.max("timestamp")).collect()[0]
-        width = max(1, -(-(last - first + 1) // _BUCKETS))
-        bucket = F.floor((F.col("timestamp") - first) / width).cast("long").alias("bucket")
-        histogram = sorted((row["bucket"], row["count"]) for row in events.groupBy(bucket).count().collect())
-    if len(histogram) < 2:
-        raise DataError(
-            f"all interactions have the timestamp {first}: a temporal split needs time; check "
-            "task.data.interactions.timestamp, or set task.split.kind to leave_last_out or random"
-        )
-    starts = [first + width * place for place, _ in histogram]
-    counts = np.array([count for _, count in histogram])
-    return closest_moment(starts, counts, split.validation + split.test), closest_moment(starts, counts, split.test)
-
-
-def closest_moment(starts: Sequence[int], counts: NDArray[np.integer], share: float) -> int:
-    """The start of a bucket such that the events from it on are closest to the share; never the first bucket's.
-
-    Where many events carry one timestamp, as in data dated by year, the share is met only roughly, but there is always
-    something to learn from and something to measure on.
-    """
-    from_here_on = counts.sum() - np.cumsum(counts)[:-1]
-    return int(starts[1 + int(np.abs(from_here_on - share * counts.sum()).argmin())])
-
-
-def _interactions(_: int, group: pa.Table) -> pa.Table:
-    ordered = group.sort_by([("user_id", "ascending"), ("timestamp", "ascending"), ("position", "ascending")])
-    return ordered.select(schemas.INTERACTIONS.arrow.names).cast(schemas.INTERACTIONS.arrow)

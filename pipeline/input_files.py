@@ -37,7 +37,10 @@ BLOCK_BYTES = 1 << 24  # of text parsed at once; a line must fit
 
 @dataclass(frozen=True)
 class InputFile:
-    """One file that was opened and looks sound. row_groups has the rows of each; None for text files."""
+    """One file that was opened and looks sound. row_groups has the rows of each; None for text files.
+
+    integers are the columns whose every value is sure to be an int64 or null: only Parquet can promise that.
+    """
 
     url: str
     format: str
@@ -45,6 +48,8 @@ class InputFile:
     row_groups: tuple[int, ...] | None
     is_empty: bool
     delimiter: str = ","
+    integers: tuple[str, ...] = ()
+    bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ def find_files(paths: Sequence[str], file_format: str, setting: str) -> list[Inp
     setting is the dotted name of the settings that led here, for messages. Raises DataError naming what is missing,
     empty, cut off, or of a format that cannot be told.
     """
-    found: dict[str, int] = {}
+    found: dict[str, int | None] = {}
     for path in paths:
         for entry in _list(path, setting):
             found.setdefault(entry["url"], entry["bytes"])
@@ -70,7 +75,7 @@ def find_files(paths: Sequence[str], file_format: str, setting: str) -> list[Inp
     if empty:
         raise DataError(f"{empty[0]}: the file is empty (0 bytes); write it again or take it out of {setting}.paths")
     with ThreadPoolExecutor(16) as pool:
-        files = list(pool.map(lambda url: inspect(url, file_format, setting), found))
+        files = list(pool.map(lambda url: inspect(url, file_format, setting, found[url] or 0), found))
     if all(file.is_empty for file in files):
         raise DataError(f"{files[0].url}: the file has a header but no rows; correct {setting}.paths")
     return files
@@ -83,19 +88,26 @@ def _list(path: str, setting: str) -> list[dict[str, Any]]:
         raise DataError(f"{path}: there is no such file; correct {setting}.paths") from None
 
 
-def inspect(url: str, file_format: str = "auto", setting: str = "the settings") -> InputFile:
-    """Open one file and look at its footer or first lines."""
+def inspect(url: str, file_format: str = "auto", setting: str = "the settings", size: int = 0) -> InputFile:
+    """Open one file and look at its footer or first lines; size is its bytes if they are known."""
     file_format = tell_format(url, setting) if file_format == "auto" else file_format
     if file_format == "parquet":
         with _explained(url, "opened as Parquet"), fsspec.open(url, "rb") as file:
             footer = pq.ParquetFile(file)
             counts = tuple(footer.metadata.row_group(n).num_rows for n in range(footer.metadata.num_row_groups))
-            return InputFile(url, file_format, tuple(footer.schema_arrow.names), counts, not sum(counts))
+            names = tuple(footer.schema_arrow.names)
+            integers = tuple(field.name for field in footer.schema_arrow if _fits_int64(field.type))
+            return InputFile(url, file_format, names, counts, not sum(counts), ",", integers, size)
     with _explained(url, f"read as {file_format}"):
         head = _head(url)
         delimiter = _delimiter(head) if file_format == "csv" else ","
         table = _parse_head(head, file_format, delimiter)
-    return InputFile(url, file_format, tuple(table.column_names), None, not table.num_rows, delimiter)
+    return InputFile(url, file_format, tuple(table.column_names), None, not table.num_rows, delimiter, (), size)
+
+
+def _fits_int64(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_integer(kind) and not pa.types.is_uint64(kind))
 
 
 def tell_format(url: str, setting: str = "the settings") -> str:

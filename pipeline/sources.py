@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from pipeline.contracts.config import FeatureColumn, InteractionsSource, ItemsSo
 from pipeline.contracts.datasets import list_offsets
 from pipeline.contracts.errors import DataError
 from pipeline.contracts.schemas import QUARANTINE
-from pipeline.input_files import InputFile, Piece, check_columns, find_files, peek, read_piece
+from pipeline.input_files import COMPRESSIONS, InputFile, Piece, check_columns, find_files, peek, read_piece
 
 FILE_STRIDE = 2**40
 """position = file number * FILE_STRIDE + row number: a total order over all input."""
@@ -34,6 +34,8 @@ CONTENT_PREFIX = "content_"
 INTERACTIONS = "task.data.interactions"
 ITEMS = "task.data.items"
 _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$|^[+-]?(inf|infinity|nan)$"
+_ROW_BYTES = 16
+"""Of the shortest line that is an event: a text file's rows are guessed from above."""
 _NAIVE_TIME = r"^\d{4}-\d\d-\d\d([T ]\d\d(:\d\d){0,2})?$"
 _ZONED_TIME = r"^\d{4}-\d\d-\d\d[T ]\d\d(:\d\d){0,2} ?(Z|[+-]\d\d(:?\d\d)?)$"
 _NO_NUMBER = pa.array(["", "na", "n/a", "nan", "null", "none"])
@@ -90,18 +92,23 @@ def row_of(position: int) -> int:
 def _plan(files: Sequence[InputFile], rows_per_task: int) -> list[dict[str, Any]]:
     tasks: list[dict[str, Any]] = []
     for number, file in enumerate(files):
-        common = {"url": file.url, "format": file.format, "delimiter": file.delimiter}
+        common = {
+            "url": file.url, "format": file.format, "delimiter": file.delimiter, "integers": list(file.integers)
+        }  # fmt: skip
         if file.row_groups is None:
-            tasks.append({**common, "row_groups": None, "first_row": 0, "position": number * FILE_STRIDE})
+            packed = 4 if file.url.lower().endswith(COMPRESSIONS) else 1
+            guess = {"rows": file.bytes * packed // _ROW_BYTES, "position": number * FILE_STRIDE}
+            tasks.append({**common, "row_groups": None, "first_row": 0, **guess})
             continue
         start, first_row, rows = 0, 0, 0
         for group, count in enumerate(file.row_groups):
             if rows and rows + count > rows_per_task:
-                tasks.append({**common, "row_groups": [start, group], "first_row": first_row})
+                tasks.append({**common, "row_groups": [start, group], "first_row": first_row, "rows": rows})
                 start, first_row, rows = group, first_row + rows, 0
             rows += count
         if rows:
-            tasks.append({**common, "row_groups": [start, len(file.row_groups)], "first_row": first_row})
+            end = len(file.row_groups)
+            tasks.append({**common, "row_groups": [start, end], "first_row": first_row, "rows": rows})
         for task in tasks:
             task.setdefault("position", number * FILE_STRIDE + task["first_row"])
     return tasks
@@ -155,11 +162,14 @@ class _BadRows:
         )
 
 
-def read_interactions(task: dict[str, Any], source: InteractionsSource) -> tuple[pa.Table, pa.Table, int]:
+def read_interactions(
+    task: dict[str, Any], source: InteractionsSource, integers: Collection[str] = ()
+) -> tuple[pa.Table, pa.Table, int]:
     """One task's events as (good, bad, number dropped because they weigh 0).
 
     good has user_key and item_key string, timestamp int64 (seconds since 1970, UTC, or the order), position int64 and
-    weight float32 above 0; bad is as schemas.QUARANTINE. Raises DataError for a column that cannot be what it should.
+    weight float32 above 0; bad is as schemas.QUARANTINE. The keys of the sides ("user", "item") in integers stay
+    int64: the task must promise that they are. Raises DataError for a column that cannot be what it should.
     """
     url = task["url"]
     piece = read_piece(task, [getattr(source, name) for name in _interaction_columns(source)])
@@ -167,12 +177,13 @@ def read_interactions(task: dict[str, Any], source: InteractionsSource) -> tuple
     keys = {}
     for side in ("user", "item"):
         name = getattr(source, side)
-        keys[side] = _as_keys(piece.table[name], f"{url}: column {name}", f"{INTERACTIONS}.{side}")
+        where, setting = f"{url}: column {name}", f"{INTERACTIONS}.{side}"
+        keys[side] = _as_keys(piece.table[name], where, setting, side in integers)
         bad.add(_mask(pc.is_null(keys[side])), f"{side} key is null or empty ({name})")
     timestamps = _read_timestamps(piece.table[source.timestamp], source, url, bad)
     weights = _read_weights(piece.table, source, url, bad)
     zero = weights == 0
-    kept = pa.array(~bad.mask & ~zero)
+    kept = ~bad.mask & ~zero
     good = pa.table(
         {
             "user_key": keys["user"],
@@ -182,21 +193,23 @@ def read_interactions(task: dict[str, Any], source: InteractionsSource) -> tuple
             "weight": weights,
         }
     )
-    return good.filter(kept), bad.table(piece, url), int((zero & ~bad.mask).sum())
+    good = good if kept.all() else good.filter(pa.array(kept))
+    return good, bad.table(piece, url), int((zero & ~bad.mask).sum())
 
 
-def read_items(task: dict[str, Any], source: ItemsSource) -> tuple[pa.Table, pa.Table]:
+def read_items(task: dict[str, Any], source: ItemsSource, integers: bool = False) -> tuple[pa.Table, pa.Table]:
     """One task's items as (good, bad).
 
-    good has item_key and title string, position int64, then the content columns in the settings' order: null where
-    missing, vectors finite and of one length, names of categories stripped and never empty. bad is as
-    schemas.QUARANTINE. Duplicate keys are for ingest to find, which sees all tasks.
+    good has item_key (int64 with integers, else string), title string, position int64, then the content columns in the
+    settings' order, as content_schema has them: null where missing, vectors finite and of one length, names of
+    categories stripped and never empty. bad is as schemas.QUARANTINE. Duplicate keys are for ingest to find, which sees
+    all tasks.
     """
     url = task["url"]
     names = [source.key, *([source.title] if source.title else []), *(column.name for column in source.columns)]
     piece = read_piece(task, names)
     bad = _BadRows(piece.table.num_rows)
-    keys = _as_keys(piece.table[source.key], f"{url}: column {source.key}", f"{ITEMS}.key")
+    keys = _as_keys(piece.table[source.key], f"{url}: column {source.key}", f"{ITEMS}.key", integers)
     bad.add(_mask(pc.is_null(keys)), f"item key is null or empty ({source.key})")
     good = {
         "item_key": keys,
@@ -208,6 +221,11 @@ def read_items(task: dict[str, Any], source: ItemsSource) -> tuple[pa.Table, pa.
     for column in source.columns:
         good[CONTENT_PREFIX + column.name] = _read_content(piece.table[column.name], column, task, keys, bad)
     return pa.table(good).filter(pa.array(~bad.mask)), bad.table(piece, url)
+
+
+def content_schema(source: ItemsSource) -> pa.Schema:
+    """The content columns that read_items gives."""
+    return pa.schema([pa.field(CONTENT_PREFIX + column.name, _ARROW_TYPES[column.kind]) for column in source.columns])
 
 
 def _read_timestamps(column: pa.ChunkedArray, source: InteractionsSource, url: str, bad: _BadRows) -> pa.Array:
@@ -348,10 +366,12 @@ def _is_list(kind: pa.DataType) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
-def _as_keys(column: pa.ChunkedArray, where: str, setting: str) -> pa.Array:
+def _as_keys(column: pa.ChunkedArray, where: str, setting: str, integers: bool = False) -> pa.Array:
     """Text or integers as text, null where null or blank; whole numbers that went through floats (`12.0`) lose `.0`."""
     array = _plain(column)
     kind = array.type
+    if integers:
+        return array.cast(pa.int64())
     wrong = f"expected text or integers as keys; correct {setting}"
     if pa.types.is_floating(kind):
         finite = pc.if_else(pc.is_finite(array), array, pa.scalar(None, kind))
@@ -363,10 +383,10 @@ def _as_keys(column: pa.ChunkedArray, where: str, setting: str) -> pa.Array:
         raise DataError(f"{where} is {kind}{_such_as(array)}, {wrong}")
     keys = array.cast(pa.string())
     keys = pc.if_else(pc.equal(pc.utf8_trim_whitespace(keys), ""), pa.scalar(None, pa.string()), keys)
-    floats = pc.match_substring_regex(keys, r"^-?\d+\.0$")
-    if pc.all(floats).as_py() and keys.null_count < len(keys):
-        keys = pc.utf8_slice_codeunits(keys, 0, -2)
-    return keys
+    if keys.null_count == len(keys) or not pc.all(pc.ends_with(keys, ".0")).as_py():  # nearly always, and cheap to see
+        return keys
+    floats = pc.all(pc.match_substring_regex(keys, r"^-?\d+\.0$")).as_py()
+    return pc.utf8_slice_codeunits(keys, 0, -2) if floats else keys
 
 
 def _as_text(column: pa.ChunkedArray, where: str, setting: str) -> pa.Array:

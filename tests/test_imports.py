@@ -20,13 +20,16 @@ PACKAGES = ("pipeline", "pipeline.contracts", "model", "jobs")
 # Modules of `pipeline` that are no stage but a stage's inner part, and the modules that may import them.
 KERNELS = {
     "encoders": {"features"},
+    "event_kernel": {"ingest"},
     "exact_kernel": {"neighbourhoods", "shipping"},
     "input_files": {"guess", "sources"},
+    "keys": {"ingest"},
     "neighbourhoods": {"pairs", "walks"},
     "ranking": {"evaluation"},
     "report": {"evaluation"},
     "shipping": {"neighbourhoods"},
     "sources": {"guess", "ingest"},
+    "steps": {"ingest"},
     "walk_kernel": {"exact_kernel", "neighbourhoods", "shipping"},
     "walkers": {"neighbourhoods"},
 }

@@ -55,6 +55,13 @@ def default_cache() -> Path:
     return folder
 
 
+def forget(storage: Storage, dataset: str, cache: str | None) -> None:
+    """Remove this host's copies of a dataset that is no more; copies on other hosts go when they are too old."""
+    owner = hashlib.sha256(storage.url.encode()).hexdigest()[:_OWNER_DIGITS]
+    root = default_cache() if cache is None else Path(cache)
+    shutil.rmtree(root / owner / dataset.replace("/", "-"), ignore_errors=True)
+
+
 def map_values(storage: Storage, manifest: Manifest, column: str, cache: str | None) -> NDArray[Any]:
     """A plain numeric column as a read-only memory-mapped array [N]."""
     folder = _replicate(storage, manifest, column, cache, "values")

@@ -94,16 +94,15 @@ _FLOATS = pa.list_(pa.field("element", pa.float32(), nullable=False))
 
 INTERACTIONS = Dataset(
     "interactions",
-    ("user_id", "timestamp", "position"),
+    ("user_id", "timestamp"),
     (
         Column("user_id", pa.uint32(), "who"),
         Column("item_id", pa.uint32(), "what"),
         Column("timestamp", pa.int64(), "when: seconds since 1970, UTC, or the order of events"),
-        Column("position", pa.int64(), "place in the input, which orders a user's events of equal time"),
         Column("weight", pa.float32(), "strength of the event, above 0"),
         Column("split", pa.uint8(), "0 train, 1 validation, 2 test"),
     ),
-    "clean events of known users and items",
+    "clean events of known users and items; a user's events of equal time stay in the order of the input",
 )
 _NODE_COLUMNS = (
     _KEY,

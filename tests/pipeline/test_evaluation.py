@@ -322,7 +322,7 @@ def write_run(storage: Storage, events: Events, num_items: int, num_users: int, 
     item_users = adjacency(events.item[train], events.user[train], num_items)
     user_items = adjacency(events.user[train], events.item[train], num_users)
     columns: dict[str, Any] = {"user_id": events.user, "item_id": events.item, "timestamp": events.timestamp}
-    columns |= {"position": np.arange(len(events.user)), "weight": np.ones(len(events.user)), "split": events.split}
+    columns |= {"weight": np.ones(len(events.user)), "split": events.split}
     interactions = pa.table(columns).cast(schemas.INTERACTIONS.arrow)
     size = -(-len(interactions) // num_shards)
     write(storage, schemas.INTERACTIONS, [interactions.slice(n * size, size) for n in range(num_shards)])

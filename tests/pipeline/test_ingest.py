@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import SparkSession
 
-from pipeline import ingest, sources
+from pipeline import event_kernel, ingest
 from pipeline.contracts import schemas
 from pipeline.contracts.config import Settings, parse_settings
 from pipeline.contracts.datasets import Manifest, open_manifest, read_table, trace
@@ -44,9 +44,8 @@ def test_every_event_is_stored_once_under_its_keys(spark: SparkSession, storage:
     raw = pq.read_table(tmp_path / "data" / "interactions.parquet").to_pylist()
     assert found == {(row["basket"], row["product"], row["when"]) for row in raw}
     assert len(stored) == len(raw)
-    assert users == sorted(users)
-    assert items == sorted(items)
-    assert "lonely" in items
+    assert len(set(users)) == len(users)
+    assert sorted(items) == sorted(pq.read_table(tmp_path / "data" / "items.parquet").column("product").to_pylist())
 
 
 def test_shuffle_partitions_change_no_byte(spark: SparkSession, storage: Storage, tmp_path: Path) -> None:
@@ -126,7 +125,7 @@ def test_without_a_catalogue_items_are_those_of_the_interactions(
     tree["task"]["data"]["items"] = None
     ingested(spark, storage, parse_settings(tree))
     raw = pq.read_table(tmp_path / "data" / "interactions.parquet").column("product").to_pylist()
-    assert keys_of(storage, schemas.ITEMS) == sorted(set(raw))
+    assert sorted(keys_of(storage, schemas.ITEMS)) == sorted(set(raw))
 
 
 def test_an_interrupted_ingest_says_the_same_of_events_that_weigh_nothing(
@@ -146,9 +145,9 @@ def test_an_interrupted_ingest_says_the_same_of_events_that_weigh_nothing(
 
     again = Storage(str(tmp_path / "again"))
     lineage = trace(again, schemas.INGEST, settings, ingest.inputs(settings.task.data))
-    plan = sources.plan_interactions(settings.task.data.interactions, settings.resources.events_per_shard)
-    ingest._clean(spark, again, lineage, plan, ingest.EVENTS, ingest.EVENTS_BAD, settings.task.data, "first attempt")
-    again.delete(f"{ingest.EVENTS}/_manifest.json")
+    work = ingest._Work(spark, again, lineage, settings)
+    ingest._read_catalogue(work)
+    ingest._read_events(work)
     assert ingested(spark, again, settings).content == whole.content
 
 
@@ -177,10 +176,10 @@ def test_a_bad_night_leaves_the_former_datasets_standing(spark: SparkSession, st
 def test_a_split_of_coarsely_dated_events_comes_as_close_as_it_can() -> None:
     """By hand: 60, 25 and 15 of 100 events in three years."""
     years, counts = [2000, 2001, 2002], np.array([60, 25, 15])
-    assert ingest.closest_moment(years, counts, 0.1) == 2002
-    assert ingest.closest_moment(years, counts, 0.35) == 2001
-    assert ingest.closest_moment(years, counts, 0.9) == 2001, "the first year is always learned from"
-    assert ingest.closest_moment(years, counts, 0.001) == 2002, "the last is always measured on"
+    assert event_kernel.closest_moment(years, counts, 0.1) == 2002
+    assert event_kernel.closest_moment(years, counts, 0.35) == 2001
+    assert event_kernel.closest_moment(years, counts, 0.9) == 2001, "the first year is always learned from"
+    assert event_kernel.closest_moment(years, counts, 0.001) == 2002, "the last is always measured on"
 
 
 def test_interactions_of_one_moment_cannot_be_split_by_time(

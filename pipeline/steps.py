@@ -1,0 +1,110 @@
+"""A stage's steps: tasks with several outputs each, kept as they finish.
+
+A step is over when its own small dataset, a report per task, is committed; a restarted stage takes the reports from
+there and runs nothing, even if the step's outputs were deleted since because all that read them is over, too. Of a
+step that was broken off, the tasks whose outputs and report are all there are not run again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pyspark.sql import SparkSession
+
+from pipeline.contracts.datasets import (
+    Lineage,
+    Shard,
+    begin,
+    commit,
+    finished_manifest,
+    finished_shard,
+    shard_name,
+    write_file,
+    write_shard,
+)
+from pipeline.contracts.schemas import Dataset
+from pipeline.contracts.storage import Storage
+from pipeline.exchange import blocks_name, write_blocks
+from pipeline.spark import Task, run_tasks
+
+Blocks = tuple[pa.Table, NDArray[np.integer]]
+"""Rows, and the destination of each."""
+Report = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Output:
+    """A dataset that a step writes: a shard per task, or, with destinations, a file of blocks per task.
+
+    describe makes the manifest's metadata from the reports; what it raises is raised before the dataset exists.
+    """
+
+    dataset: Dataset | str
+    destinations: int = 0
+    describe: Callable[[list[Report]], dict[str, Any]] | None = None
+
+    @property
+    def name(self) -> str:
+        """The dataset's name."""
+        return self.dataset if isinstance(self.dataset, str) else self.dataset.name
+
+    def file(self, number: int) -> str:
+        """The name of one task's file."""
+        return blocks_name(number) if self.destinations else shard_name(number)
+
+    def write(self, storage: Storage, number: int, made: pa.Table | Blocks, lineage: Lineage) -> Shard:
+        """Store what one task made for this output."""
+        if isinstance(made, tuple):
+            return write_blocks(storage, self.name, number, made[0], made[1], self.destinations, lineage)
+        return write_shard(storage, self.dataset, number, made, lineage)
+
+
+def run_step(
+    spark: SparkSession,
+    storage: Storage,
+    lineage: Lineage,
+    name: str,
+    tasks: Sequence[Mapping[str, Any]],
+    outputs: Sequence[Output],
+    make: Callable[[Task], tuple[Sequence[pa.Table | Blocks], Report]],
+    label: str,
+) -> list[Report]:
+    """Run make on every task, store what it returns for each of the outputs, and return the tasks' reports in order.
+
+    A report is a small dict of JSON values; name is that of the dataset of reports.
+    """
+    done = finished_manifest(storage, name, lineage)
+    if done is not None:
+        reports: list[Report] = done.metadata["reports"]
+        return reports
+    for dataset in (name, *(output.dataset for output in outputs)):
+        begin(storage, dataset)
+
+    def work(task: Task) -> Task:
+        number = task.pop("number")
+        file = f"part-{number:05d}.json"
+        noted = finished_shard(storage, name, file, lineage)
+        shards = [finished_shard(storage, output.dataset, output.file(number), lineage) for output in outputs]
+        if noted is None or None in shards:
+            made, report = make(task)
+            pairs = zip(outputs, made, strict=True)
+            shards = [output.write(storage, number, rows, lineage) for output, rows in pairs]
+            noted = write_file(storage, name, file, json.dumps(report).encode(), lineage)
+        else:
+            report = json.loads(storage.read_bytes(f"{name}/{file}"))
+        return {"report": report, "noted": asdict(noted), "shards": [asdict(shard) for shard in shards if shard]}
+
+    results = run_tasks(spark, [{**task, "number": number} for number, task in enumerate(tasks)], work, label)
+    reports = [result["report"] for result in results]
+    for place, output in enumerate(outputs):
+        metadata = {"destinations": output.destinations} if output.destinations else {}
+        metadata |= output.describe(reports) if output.describe else {}
+        commit(storage, output.dataset, (Shard(**result["shards"][place]) for result in results), lineage, metadata)
+    commit(storage, name, (Shard(**result["noted"]) for result in results), lineage, {"reports": reports})
+    return reports
