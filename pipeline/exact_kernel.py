@@ -59,7 +59,7 @@ def exact_neighbours(
     entry_budget: int,
     levels: NDArray[np.int64] | None = None,
 ) -> Found:
-    """The items that one hop from each given item most likely ends at; weighted if the graph is.
+    """The items that one hop from each given item most likely ends at; weighted if the graph is. items are its rows.
 
     Each user's list is read up to the item's level, which prefix_lengths gives and levels may repeat, for a graph whose
     lists are cut there. Returns ids [B, num_neighbours], scores in the same shape, both by score descending, then
@@ -135,8 +135,8 @@ def _read_users(graph: Any, item: Any, entry_budget: Any, users: Any, shares: An
 
     A hub's are every so manyth, by share if weighted: a user met twice counts twice.
     """
-    start = graph.item_indptr[item - graph.first_item]
-    degree = graph.item_indptr[item - graph.first_item + 1] - start
+    start = graph.item_indptr[item]
+    degree = graph.item_indptr[item + 1] - start
     limit = min(len(users), entry_budget)
     weighted = len(graph.item_shares) > 0
     count = 0
@@ -202,8 +202,9 @@ def _exact_rows(graph: Any, items: Any, entry_budget: Any, levels: Any, ids: Any
         for k in range(counts[old]):
             start = graph.user_indptr[users[old, k]]
             size = _read_list(graph, start, degrees[old, k], shares[old, k], scratch, size)
+        item = np.int64(graph.item_ids[items[place]]) if len(graph.item_ids) else items[place]
         lengths[place] = top_sums(
-            scratch.ids, scratch.adds, size, items[place], graph.item_ranks, graph.item_indptr, scratch, ids[place],
+            scratch.ids, scratch.adds, size, item, graph.item_ranks, graph.item_indptr, scratch, ids[place],
             scores[place],
         )  # fmt: skip
 

@@ -1,8 +1,9 @@
 """Every item's nearest items as a dataset: what the stages walks and pairs share.
 
 Two strategies with one result. replicate: every host maps one copy of the graph, and of the rows that are composed.
-shuffle: every shard of items is sent the parts of users' lists, or of rows, that it needs (`shipping`); of walks, the
-walkers move (`walkers`). `choose` takes the first that fits. The kernels see a graph either way.
+shuffle: items that share users are laid out together (`clusters`), and every shard of them is sent the parts of users'
+lists, or of rows, that it needs (`shipping`); of walks, the walkers move (`walkers`). `choose` takes the first that
+fits. The kernels see a graph either way.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pyspark.sql import SparkSession
 
+from pipeline.clusters import Homes, lay_out
 from pipeline.contracts import schemas
 from pipeline.contracts.config import Resources, Settings
 from pipeline.contracts.datasets import (
@@ -32,11 +34,12 @@ from pipeline.contracts.datasets import (
     open_manifest,
     read_shard,
 )
-from pipeline.contracts.replica import default_cache, map_lists, map_values
+from pipeline.contracts.replica import default_cache, forget, map_lists, map_values
 from pipeline.contracts.schemas import Dataset
-from pipeline.contracts.sharding import shard_bounds
+from pipeline.contracts.sharding import shard_bounds, shard_of
 from pipeline.contracts.storage import Storage
 from pipeline.exact_kernel import ONE, Found, Rows, compose, exact_neighbours
+from pipeline.exchange import gather, scatter
 from pipeline.shipping import Wanted, shard_graph, shard_rows, ship, wanted_rows, wanted_users
 from pipeline.spark import make_shards
 from pipeline.walk_kernel import BipartiteGraph, degree_ranks, visit_counts, walks_per_hop
@@ -44,6 +47,8 @@ from pipeline.walkers import Walk, counted_visits, move_walkers, top_visits
 
 Near = Callable[[NDArray[np.int64], int], Found]
 Composed = Callable[[NDArray[np.int64], int, Found | None], Found]
+_GRAPH_LISTS = pa.schema([schemas.USER_ITEMS.arrow.field(name) for name in ("neighbours", "shares")])
+_ROW_LISTS = pa.schema([schemas.NEIGHBOURS.arrow.field(name) for name in ("neighbours", "weights")])
 _BLOCK = 1 << 15
 """Items handled at once inside a task."""
 
@@ -82,39 +87,84 @@ def graph_bytes(item_users: Manifest) -> int:
 
 
 class Neighbourhoods:
-    """What one stage needs of the graph, under one strategy; scratch datasets lie below the folder `scratch`."""
+    """What one stage needs of the graph, under one strategy; scratch datasets lie below the folder `scratch`.
+
+    Work is cut into as many shards as ITEM_USERS has: replicated, of consecutive items; shuffled, of items that lie
+    close together, and what is made of them is sent on to its place.
+    """
 
     def __init__(
         self, spark: SparkSession, storage: Storage, settings: Settings, lineage: Lineage, scratch: str, strategy: str
     ) -> None:
         self._spark, self._storage, self._lineage, self._folder = spark, storage, lineage, scratch
         self._cache, self._walks, self._seed = settings.resources.cache, settings.task.walks, settings.task.seed
+        self._rounds = settings.resources.walks.cluster_rounds
         self._replicated = strategy == "replicate"
         self._item_users = open_manifest(storage, schemas.ITEM_USERS)
         self._user_items = open_manifest(storage, schemas.USER_ITEMS)
+        self._laid_out: Homes | None = None
         self.num_items, self.num_shards = self._item_users.num_rows, len(self._item_users.shards)
-        self.bounds = partial(shard_bounds, self.num_items, self.num_shards)
-        """The items [start, stop) of a shard: every dataset made here is cut as ITEM_USERS is."""
 
     def scratch(self, name: str) -> str:
         """The name of a dataset that the stage keeps only while it runs."""
         return f"{self._folder}/{name}"
 
+    def items_of(self) -> Callable[[int], NDArray[np.int64]]:
+        """Of a shard of the work: its items, ascending."""
+        if self._replicated:
+            return self.consecutive()
+        storage, homes = self._storage, self._homes()
+        return lambda shard: homes.read(storage, shard).column("id").to_numpy().astype(np.int64)
+
+    def consecutive(self) -> Callable[[int], NDArray[np.int64]]:
+        """Of a shard of a dataset: its items, under any strategy."""
+        return partial(_consecutive, self.num_items, self.num_shards)
+
+    def owner(self) -> Callable[[NDArray[np.integer]], NDArray[np.integer]]:
+        """Of items: the shard of the work that each is in."""
+        if self._replicated:
+            num_items, num_shards = self.num_items, self.num_shards
+            return lambda items: shard_of(items, num_items, num_shards)
+        storage, home, cache = self._storage, self._homes().home, self._cache
+        return lambda items: map_values(storage, home, "home", cache)[items]
+
     def store(
-        self, dataset: Dataset | str, make: Callable[[int], pa.Table], label: str, metadata: Mapping[str, object]
-    ) -> Manifest:
-        """Make every shard of a dataset of items, but what an interrupted attempt finished."""
-        return self._store(dataset, self.num_shards, make, label, metadata)
+        self, dataset: Dataset, make: Callable[[int], pa.Table], label: str, metadata: Mapping[str, object],
+        in_order: bool = False,
+    ) -> Manifest:  # fmt: skip
+        """Make a dataset of items from the rows that make returns for every shard of the work.
+
+        in_order: the shards are of consecutive items under any strategy. What an interrupted attempt finished is kept.
+        """
+        if in_order or self._replicated:
+            return self._store(dataset, self.num_shards, make, label, metadata)
+        done = finished_manifest(self._storage, dataset, self._lineage)
+        if done is not None:
+            return done
+        storage, num_items, num_shards = self._storage, self.num_items, self.num_shards
+
+        def send(shard: int) -> tuple[pa.Table, NDArray[np.integer]]:
+            rows = make(shard)
+            return rows, shard_of(rows.column("id").to_numpy(), num_items, num_shards)
+
+        name = self.scratch(f"{dataset.name}-by-home")
+        sent = scatter(self._spark, storage, name, self._lineage, num_shards, send, num_shards, label)
+
+        def receive(shard: int) -> pa.Table:
+            return gather(storage, sent, shard, dataset.arrow).sort_by("id")
+
+        return self._store(dataset, num_shards, receive, f"{label}, in order", metadata)
 
     def store_rows(self, width: int) -> Manifest:
-        """Every item's nearest items by the first hop, weights as shares of its mass, as a scratch dataset."""
-        near, bounds = self.first_hop(), self.bounds
+        """Every item's nearest items by the first hop, weights as shares of its mass, by shards of the work."""
+        near, items_of = self.first_hop(), self.items_of()
 
         def make(shard: int) -> pa.Table:
-            hop = near(shard)
-            return neighbour_rows(*bounds(shard), (hop(items, width) for items in blocks(*bounds(shard))), 1 / ONE)
+            hop, items = near(shard), items_of(shard)
+            return neighbour_rows(items, (hop(block, width) for block in blocks(items)), 1 / ONE)
 
-        return self.store(self.scratch("rows"), make, f"{self._lineage.stage}: first hop", {})
+        label = f"{self._lineage.stage}: first hop"
+        return self._store(self.scratch("rows"), self.num_shards, make, label, {})
 
     def first_hop(self) -> Callable[[int], Near]:
         """Of a shard: a function of some of its items and T that reads their first hop; ships users' lists first."""
@@ -126,22 +176,29 @@ class Neighbourhoods:
                 return lambda items, width: exact_neighbours(graph, items, width, budget)
 
             return whole
-        item_users, ranks, degrees = self._item_users, self._ranks(), self._degrees()
+        homes, ranks, degrees = self._homes(), self._ranks(), self._degrees()
+        num_users, num_lists = self._user_items.num_rows, len(self._user_items.shards)
 
         def want(shard: int) -> Wanted:
-            return wanted_users(storage, item_users, map_values(storage, degrees, "degree", cache), budget, shard)[0]
+            return wanted_users(homes.read(storage, shard), map_values(storage, degrees, "degree", cache), budget)[0]
 
-        name = self.scratch("users")
         lists = ship(
-            self._spark, storage, self._lineage, name, self._user_items, schemas.USER_ITEMS.arrow,
-            ["neighbours", "shares"], self.num_shards, want, f"{self._lineage.stage}: users' lists",
+            self._spark, storage, self._lineage, self.scratch("users"), self._user_items, _GRAPH_LISTS,
+            lambda users: shard_of(users, num_users, num_lists), self.num_shards, want,
+            f"{self._lineage.stage}: users' lists",
         )  # fmt: skip
 
         def own(shard: int) -> Near:
-            known = map_values(storage, degrees, "degree", cache)
-            levels = wanted_users(storage, item_users, known, budget, shard)[1]
-            graph = shard_graph(storage, item_users, lists, map_values(storage, ranks, "degree", cache), shard)
-            return lambda items, width: exact_neighbours(graph, items, width, budget, levels[items - graph.first_item])
+            rows = homes.read(storage, shard)
+            levels = wanted_users(rows, map_values(storage, degrees, "degree", cache), budget)[1]
+            graph = shard_graph(storage, rows, lists, map_values(storage, ranks, "degree", cache), shard)
+            ids = rows.column("id").to_numpy()
+
+            def near(items: NDArray[np.int64], width: int) -> Found:
+                places = np.searchsorted(ids, items)
+                return exact_neighbours(graph, places, width, budget, levels[places])
+
+            return near
 
         return own
 
@@ -151,10 +208,8 @@ class Neighbourhoods:
         if self._replicated:
 
             def whole(_: int) -> Composed:
-                table = Rows(
-                    *map_lists(storage, rows, "neighbours", cache), map_lists(storage, rows, "weights", cache)[1]
-                )
-                indptr = BipartiteGraph.open(storage, cache).item_indptr
+                lists, weights = (map_lists(storage, rows, column, cache) for column in ("neighbours", "weights"))
+                table, indptr = Rows(*lists, weights[1]), BipartiteGraph.open(storage, cache).item_indptr
                 return lambda items, top, own: compose(
                     table, items, num_rows, width, restart, top, item_indptr=indptr, own=own
                 )
@@ -162,9 +217,9 @@ class Neighbourhoods:
             return whole
         ranks = self._ranks()
         lists = ship(
-            self._spark, storage, self._lineage, self.scratch("shipped-rows"), rows, schemas.NEIGHBOURS.arrow,
-            ["neighbours", "weights"], self.num_shards,
-            lambda shard: wanted_rows(storage, rows, shard, num_rows, width), f"{self._lineage.stage}: rows",
+            self._spark, storage, self._lineage, self.scratch("shipped-rows"), rows, _ROW_LISTS, self.owner(),
+            self.num_shards, lambda shard: wanted_rows(read_shard(storage, rows, shard), num_rows, width),
+            f"{self._lineage.stage}: rows",
         )  # fmt: skip
 
         def own(shard: int) -> Composed:
@@ -176,23 +231,23 @@ class Neighbourhoods:
         return own
 
     def visited(self) -> Callable[[int, int], Iterator[Found]]:
-        """Of a shard and T: the most visited items of all its items, block after block; walkers move first."""
+        """Of consecutive items and T: the most visited items of them all, block after block; walkers move first."""
         storage, cache, walks, seed = self._storage, self._cache, self._walks, self._seed
+        num_items, num_shards = self.num_items, self.num_shards
         if self._replicated:
             per_hop = walks_per_hop(walks.num_walks, walks.max_hops, walks.restart_probability)
-            bounds = self.bounds
 
             def whole(shard: int, top: int) -> Iterator[Found]:
                 graph = BipartiteGraph.open(storage, cache)
-                return (visit_counts(graph, items, per_hop, top, seed) for items in blocks(*bounds(shard)))
+                items = _consecutive(num_items, num_shards, shard)
+                return (visit_counts(graph, block, per_hop, top, seed) for block in blocks(items))
 
             return whole
-        walk = Walk(walks.num_walks, walks.max_hops, walks.restart_probability, seed)
-        item_users, user_items, ranks = self._item_users, self._user_items, self._ranks()
+        walk, ranks = Walk(walks.num_walks, walks.max_hops, walks.restart_probability, seed), self._ranks()
         counted = move_walkers(
-            self._spark, storage, self._lineage, item_users, user_items, walk, self.scratch("walkers")
+            self._spark, storage, self._lineage, self._item_users, self._user_items, walk, self.scratch("walkers")
         )
-        num_items, num_shards, per_shard = self.num_items, self.num_shards, counted.cells_per_shard
+        per_shard = counted.cells_per_shard
 
         def own(shard: int, top: int) -> Iterator[Found]:
             known = map_values(storage, ranks, "degree", cache)
@@ -203,8 +258,18 @@ class Neighbourhoods:
         return own
 
     def clean(self) -> None:
-        """Remove the scratch datasets."""
+        """Remove the scratch datasets, and this host's copies of them."""
+        for name in self._storage.names(self._folder):
+            forget(self._storage, self.scratch(name), self._cache)
         self._storage.delete(self._folder)
+
+    def _homes(self) -> Homes:
+        if self._laid_out is None:
+            self._laid_out = lay_out(
+                self._spark, self._storage, self._lineage, self._item_users, self._user_items, self._rounds,
+                self.scratch("homes"), self._cache,
+            )  # fmt: skip
+        return self._laid_out
 
     def _ranks(self) -> Manifest:
         return self._numbers("item-ranks", self._item_users, degree_ranks)
@@ -222,8 +287,7 @@ class Neighbourhoods:
             lengths = pc.list_value_length(read_shard(storage, lists, shard, ["neighbours"]).column("neighbours"))
             return pa.table({"degree": number(np.concatenate([[0], np.cumsum(lengths.to_numpy(), dtype=np.int64)]))})
 
-        dataset, label = self.scratch(name), f"{self._lineage.stage}: {name}"
-        return self._store(dataset, len(lists.shards), make, label, {})
+        return self._store(self.scratch(name), len(lists.shards), make, f"{self._lineage.stage}: {name}", {})
 
     def _store(
         self, dataset: Dataset | str, num_shards: int, make: Callable[[int], pa.Table], label: str,
@@ -237,13 +301,17 @@ class Neighbourhoods:
         return commit(self._storage, dataset, shards, self._lineage, metadata)
 
 
-def blocks(start: int, stop: int, size: int = _BLOCK) -> Iterator[NDArray[np.int64]]:
-    """The items [start, stop), so many at a time."""
-    return (np.arange(low, min(low + size, stop)) for low in range(start, stop, size))
+def blocks(items: NDArray[np.int64], size: int = _BLOCK) -> Iterator[NDArray[np.int64]]:
+    """The items, so many at a time."""
+    return (items[low : low + size] for low in range(0, len(items), size))
 
 
-def neighbour_rows(start: int, stop: int, found: Iterable[Found], unit: float | None = None) -> pa.Table:
-    """NEIGHBOURS rows of items [start, stop) from their blocks; weights are scores times unit, or L1-normalised."""
+def _consecutive(num_items: int, num_shards: int, shard: int) -> NDArray[np.int64]:
+    return np.arange(*shard_bounds(num_items, num_shards, shard))
+
+
+def neighbour_rows(items: NDArray[np.int64], found: Iterable[Found], unit: float | None = None) -> pa.Table:
+    """NEIGHBOURS rows of the items from their blocks; weights are scores times unit, or else L1-normalised."""
     ids, weights, lengths = [np.zeros(0, np.uint32)], [np.zeros(0, np.float32)], [np.zeros(0, np.int64)]
     for block_ids, scores, block_lengths in found:
         kept = np.arange(block_ids.shape[1]) < block_lengths[:, None]
@@ -254,7 +322,7 @@ def neighbour_rows(start: int, stop: int, found: Iterable[Found], unit: float | 
     indptr = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
     return pa.table(
         {
-            "id": pa.array(np.arange(start, stop), pa.uint32()),
+            "id": pa.array(items, pa.uint32()),
             "neighbours": lists_to_arrow(indptr, np.concatenate(ids)),
             "weights": lists_to_arrow(indptr, np.concatenate(weights)),
         },

@@ -26,10 +26,10 @@ from pipeline.contracts.datasets import (
     read_shard,
 )
 from pipeline.contracts.errors import DataError
-from pipeline.contracts.sharding import shard_of, stage_seed
+from pipeline.contracts.sharding import stage_seed
 from pipeline.contracts.storage import Storage
 from pipeline.exchange import gather, scatter
-from pipeline.neighbourhoods import Neighbourhoods, choose
+from pipeline.neighbourhoods import Neighbourhoods, blocks, choose
 from pipeline.spark import make_shards
 
 _BLOCK = 1024
@@ -117,7 +117,7 @@ def _store_hard_negatives(spark: SparkSession, storage: Storage, settings: Setti
         choose(storage, settings.resources).strategy,
     )  # fmt: skip
     first, high = rank_range(pairs, settings.task.walks.num_neighbours, near.num_items)
-    count, bounds = pairs.num_hard_negatives, near.bounds
+    count, items_of = pairs.num_hard_negatives, near.items_of()
     asked = _queries(spark, storage, lineage, near)
     hop = composed = None
     if count:
@@ -125,21 +125,19 @@ def _store_hard_negatives(spark: SparkSession, storage: Storage, settings: Setti
         composed = near.composed(near.store_rows(pairs.compose_width), pairs.compose_rows, pairs.compose_width)
 
     def make(shard: int) -> pa.Table:
-        start, stop = bounds(shard)
-        rows = [_NONE] * (stop - start)
+        items = items_of(shard)
+        rows = [_NONE] * len(items)
         if hop is not None and composed is not None:
             nearest, compose = hop(shard), composed(shard)
-            queries = gather(storage, asked, shard, _QUERIES).column("query").to_numpy()
-            queries = np.unique(queries).astype(np.int64)
-            for low in range(0, len(queries), _BLOCK):
-                items = queries[low : low + _BLOCK]
-                ids, _, lengths = compose(items, high, nearest(items, high))
-                for item, row in zip(items.tolist(), drawn(ids, lengths, items, first, count, seed), strict=True):
-                    rows[item - start] = row
+            queries = np.unique(gather(storage, asked, shard, _QUERIES).column("query").to_numpy()).astype(np.int64)
+            for block in blocks(queries, _BLOCK):
+                ids, _, lengths = compose(block, high, nearest(block, high))
+                places = np.searchsorted(items, block).tolist()
+                for place, row in zip(places, drawn(ids, lengths, block, first, count, seed), strict=True):
+                    rows[place] = row
         indptr = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
-        values = np.concatenate(rows)
-        ids = pa.array(np.arange(start, stop), pa.uint32())
-        return pa.table({"id": ids, "negatives": lists_to_arrow(indptr, values)}, schema=schemas.HARD_NEGATIVES.arrow)
+        lists = lists_to_arrow(indptr, np.concatenate([_NONE, *rows]))
+        return pa.table([pa.array(items, pa.uint32()), lists], schema=schemas.HARD_NEGATIVES.arrow)
 
     metadata = {"first_rank": first + 1, "last_rank": high, "negatives_per_item": count}
     near.store(schemas.HARD_NEGATIVES, make, "pairs: hard negatives", metadata)
@@ -149,11 +147,11 @@ def _store_hard_negatives(spark: SparkSession, storage: Storage, settings: Setti
 def _queries(spark: SparkSession, storage: Storage, lineage: Lineage, near: Neighbourhoods) -> Manifest:
     """The queries of all pairs, at the shards of items that own them."""
     pairs = open_manifest(storage, schemas.PAIRS)
-    num_items, num_shards = near.num_items, near.num_shards
+    owner, num_shards = near.owner(), near.num_shards
 
-    def make(shard: int) -> tuple[pa.Table, NDArray[np.int64]]:
+    def make(shard: int) -> tuple[pa.Table, NDArray[np.integer]]:
         queries = np.unique(read_shard(storage, pairs, shard, ["query"]).column("query").to_numpy())
-        return pa.table({"query": queries}, schema=_QUERIES), shard_of(queries, num_items, num_shards)
+        return pa.table({"query": queries}, schema=_QUERIES), owner(queries)
 
     name = near.scratch("queries")
     return scatter(spark, storage, name, lineage, len(pairs.shards), make, num_shards, "pairs: queries")

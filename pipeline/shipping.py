@@ -33,35 +33,31 @@ _PIECE_ENTRIES = 1 << 26
 
 @dataclass(frozen=True)
 class Shipped:
-    """Lists sent to shards of items: an exchange whose blocks hold `row` and the columns."""
+    """Lists sent to shards: an exchange whose blocks hold `row`, the list's id, and the columns."""
 
     manifest: Manifest
     schema: pa.Schema
 
     def read(self, storage: Storage, shard: int) -> pa.Table:
         """What the shard asked for, rows ascending."""
-        return gather(storage, self.manifest, shard, self.schema)
-
-
-def first_rows(manifest: Manifest) -> NDArray[np.int64]:
-    """The first row of every shard, and one past the last row [S + 1]."""
-    return np.concatenate([[0], np.cumsum([shard.rows for shard in manifest.shards])]).astype(np.int64)
+        return gather(storage, self.manifest, shard, self.schema).sort_by("row").combine_chunks()
 
 
 def ship(
-    spark: SparkSession, storage: Storage, lineage: Lineage, name: str, lists: Manifest, list_schema: pa.Schema,
-    columns: list[str], num_shards: int, want: Callable[[int], Wanted], label: str,
+    spark: SparkSession, storage: Storage, lineage: Lineage, name: str, lists: Manifest, schema: pa.Schema,
+    owner: Callable[[NDArray[np.uint32]], NDArray[np.integer]], num_shards: int, want: Callable[[int], Wanted],
+    label: str,
 ) -> Shipped:  # fmt: skip
-    """Send every shard what want(shard) asks of the lists: so many first entries of some columns of some rows.
+    """Send every shard what want(shard) asks of the lists: so many first entries of the columns of some rows.
 
-    The scratch dataset `name` is the caller's to delete.
+    lists has rows with an ascending `id` in each shard; owner says in which shard given ids are; schema is of the list
+    columns to send. The scratch dataset `name` is the caller's to delete.
     """
-    starts = first_rows(lists)
 
     def ask(shard: int) -> tuple[pa.Table, NDArray[np.integer]]:
         rows, lengths = want(shard)
         table = pa.table([rows, lengths, np.full(len(rows), shard)], names=_WANTED.names).cast(_WANTED)
-        return table, np.searchsorted(starts, rows, side="right") - 1
+        return table, owner(rows)
 
     wanted = scatter(spark, storage, f"{name}-wanted", lineage, num_shards, ask, len(lists.shards), f"{label}, ask")
 
@@ -77,7 +73,7 @@ def ship(
         for count in [max(1, -(-total // _PIECE_ENTRIES))]
         for piece in range(count)
     ]
-    schema = pa.schema([pa.field("row", pa.uint32()), *(list_schema.field(name) for name in columns)])
+    sent = pa.schema([pa.field("row", pa.uint32()), *schema])
 
     def send(number: int) -> tuple[pa.Table, NDArray[np.integer]]:
         shard, piece, count = pieces[number]
@@ -87,13 +83,14 @@ def ship(
         before = np.cumsum(lengths) - lengths
         ours = (before * count // max(int(lengths.sum()), 1)) == piece
         rows, lengths, targets = rows[ours], lengths[ours], targets[ours]
-        stored = read_shard(storage, lists, shard, columns)
-        parts = [first_entries(stored.column(column), rows - starts[shard], lengths) for column in columns]
-        return pa.table([pa.array(rows), *parts], schema=schema), targets
+        stored = read_shard(storage, lists, shard, ["id", *schema.names])
+        places = np.searchsorted(stored.column("id").to_numpy(), rows)
+        parts = [first_entries(stored.column(column), places, lengths) for column in schema.names]
+        return pa.table([pa.array(rows), *parts], schema=sent), targets
 
     shipped = scatter(spark, storage, name, lineage, len(pieces), send, num_shards, f"{label}, send")
     storage.delete(wanted.dataset)
-    return Shipped(shipped, schema)
+    return Shipped(shipped, sent)
 
 
 def first_entries(column: pa.ChunkedArray, rows: NDArray[np.integer], lengths: NDArray[np.int64]) -> pa.ListArray:
@@ -110,49 +107,43 @@ def first_entries(column: pa.ChunkedArray, rows: NDArray[np.integer], lengths: N
 
 
 def shard_graph(
-    storage: Storage, item_users: Manifest, lists: Shipped, ranks: NDArray[np.uint8], shard: int
+    storage: Storage, items: pa.Table, lists: Shipped, ranks: NDArray[np.uint8], shard: int
 ) -> BipartiteGraph:
-    """A shard's items, all of their users, and as much of these users' lists as was sent."""
-    table = read_shard(storage, item_users, shard, ["neighbours", "shares"])
-    indptr, users = arrow_to_lists(table.column("neighbours"))
+    """Some items (item_users rows), all of their users, and as much of these users' lists as was sent."""
+    indptr, users = arrow_to_lists(items.column("neighbours"))
     shipped = lists.read(storage, shard)
     known = shipped.column("row").to_numpy()
-    user_indptr, items = arrow_to_lists(shipped.column("neighbours"))
+    user_indptr, user_items = arrow_to_lists(shipped.column("neighbours"))
     # A hub's users that are not read were not asked for: they stand as one more user, without a list.
     places = np.searchsorted(known, users)
     places[np.append(known, 0)[places] != users] = len(known)
     return BipartiteGraph(
         item_indptr=indptr,
         item_users=places.astype(np.uint32),
-        item_shares=arrow_to_lists(table.column("shares"))[1],
+        item_shares=arrow_to_lists(items.column("shares"))[1],
         user_indptr=np.append(user_indptr, user_indptr[-1]),
-        user_items=items,
+        user_items=user_items,
         user_shares=arrow_to_lists(shipped.column("shares"))[1],
         item_ranks=ranks,
-        first_item=int(first_rows(item_users)[shard]),
+        item_ids=items.column("id").to_numpy(),
     )
 
 
-def wanted_users(
-    storage: Storage, item_users: Manifest, degrees: NDArray[np.uint32], entry_budget: int, shard: int
-) -> tuple[Wanted, NDArray[np.int64]]:
-    """The users whose lists a shard of items reads and how far, and every item's level for exact_neighbours."""
-    first = int(first_rows(item_users)[shard])
-    table = read_shard(storage, item_users, shard, ["neighbours", "shares"])
-    indptr, users = arrow_to_lists(table.column("neighbours"))
+def wanted_users(items: pa.Table, degrees: NDArray[np.uint32], entry_budget: int) -> tuple[Wanted, NDArray[np.int64]]:
+    """The users whose lists some items (item_users rows) read, and how far; and every item's level."""
+    indptr, users = arrow_to_lists(items.column("neighbours"))
     distinct, places = np.unique(users, return_inverse=True)
     known = degrees[distinct].astype(np.int64)
     graph = BipartiteGraph(
         item_indptr=indptr,
         item_users=places.astype(np.uint32),
-        item_shares=arrow_to_lists(table.column("shares"))[1],
+        item_shares=arrow_to_lists(items.column("shares"))[1],
         user_indptr=np.concatenate([[0], np.cumsum(known)]),
         user_items=np.zeros(0, np.uint32),
         user_shares=np.zeros(0, np.uint32),
         item_ranks=np.zeros(0, np.uint8),
-        first_item=first,
     )
-    levels, needed = prefix_lengths(graph, np.arange(first, first + len(indptr) - 1), entry_budget)
+    levels, needed = prefix_lengths(graph, np.arange(len(indptr) - 1), entry_budget)
     asked = needed > 0
     return (distinct[asked], needed[asked]), levels
 
@@ -165,13 +156,10 @@ def shard_rows(storage: Storage, lists: Shipped, shard: int) -> Rows:
     return Rows(indptr, ids, weights, shipped.column("row").to_numpy())
 
 
-def wanted_rows(storage: Storage, rows: Manifest, shard: int, num_rows: int, width: int) -> Wanted:
-    """Which rows, and how much of each, a shard needs to compose its items' own with those of their nearest."""
-    first, stop = first_rows(rows)[shard : shard + 2]
-    indptr, ids = arrow_to_lists(read_shard(storage, rows, shard, ["neighbours"]).column("neighbours"))
+def wanted_rows(own: pa.Table, num_rows: int, width: int) -> Wanted:
+    """Which rows, and how much of each, it takes to compose these rows with those of their nearest items."""
+    indptr, ids = arrow_to_lists(own.column("neighbours"))
     places = np.arange(len(ids)) - np.repeat(indptr[:-1], np.diff(indptr))
-    others = np.unique(ids[places < num_rows])
-    own = np.arange(first, stop, dtype=np.uint32)
-    wanted = np.union1d(own, others)
-    lengths = np.where((wanted >= first) & (wanted < stop), np.diff(indptr).max(initial=width), width)
-    return wanted, lengths
+    items = own.column("id").to_numpy()
+    wanted = np.union1d(items, ids[places < num_rows])
+    return wanted, np.where(np.isin(wanted, items), np.diff(indptr).max(initial=width), width)

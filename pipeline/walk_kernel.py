@@ -12,7 +12,7 @@ together: their random reads overlap, and those, four per hop, are the cost. Mem
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numba
@@ -30,7 +30,7 @@ from pipeline.contracts.storage import Storage
 _GOLDEN = 0x9E3779B97F4A7C15
 _GOLDEN_32 = 0x9E3779B1  # 2 ** 32 / golden ratio: its multiples are spread evenly over 32 bits, whichever come first
 _LOW_32 = 0xFFFFFFFF
-_BLOCK_WALKS = 2048  # walks that step together: enough to overlap memory reads, few enough to stay in the cache
+_BLOCK_WALKS = 1024  # walks that step together: enough to overlap memory reads, few enough to stay in the cache
 _FEW = 16  # candidates beyond those kept that are sorted rather than selected from
 _SORTED_DIRECTLY = 128  # rows up to this long are sorted by counting who is ahead of whom
 
@@ -42,7 +42,7 @@ class BipartiteGraph:
     indptr int64 [N + 1], ids uint32 [E]. shares uint32 [E] or, unweighted, [0]: the running share of the row's weight
     up to and including each edge, in units of 2 ** -32, from -1 up: a row ends with 2 ** 32 - 1. item_ranks uint8: the
     items' degree_rank [N], or [0] to take it from item_indptr. A user's items must be in random order: any first part
-    of them is then a uniform sample. A graph may hold the lists of a run of items: first_item is the first's id.
+    of them is then a uniform sample. A graph may hold the lists of some items: row r is then that of item_ids[r].
     """
 
     item_indptr: NDArray[np.int64]
@@ -52,7 +52,7 @@ class BipartiteGraph:
     user_items: NDArray[np.uint32]
     user_shares: NDArray[np.uint32]
     item_ranks: NDArray[np.uint8]
-    first_item: int = 0
+    item_ids: NDArray[np.uint32] = field(default_factory=lambda: np.zeros(0, np.uint32))
 
     @classmethod
     def open(cls, storage: Storage, cache: str | None) -> BipartiteGraph:
@@ -76,7 +76,7 @@ class GraphArrays(NamedTuple):
     user_items: Any
     user_shares: Any
     item_ranks: Any
-    first_item: Any
+    item_ids: Any
 
 
 class Scratch(NamedTuple):
@@ -128,8 +128,7 @@ def degree_ranks(indptr: NDArray[np.int64]) -> NDArray[np.uint8]:
 
 def graph_arrays(graph: BipartiteGraph) -> GraphArrays:
     """The graph's arrays, all read-only, so that one compiled version serves memory-mapped graphs and others."""
-    arrays = (getattr(graph, field.name) for field in fields(graph))
-    return GraphArrays(*(read_only(a) if isinstance(a, np.ndarray) else np.int64(a) for a in arrays))
+    return GraphArrays(*(read_only(getattr(graph, name)) for name in GraphArrays._fields))
 
 
 def read_only(array: NDArray[Any], dtype: Any = None) -> NDArray[Any]:
@@ -233,52 +232,55 @@ def _pick(point: Any, start: Any, degree: Any, shares: Any, weighted: Any) -> An
 
 
 @numba.njit(cache=True, nogil=True)
-def _walk_block(graph: Any, items: Any, per_hop: Any, seed: Any, edges: Any, visits: Any) -> None:
+def _walk_block(graph: Any, items: Any, per_hop: Any, seed: Any, bits: Any, edges: Any, visits: Any) -> None:
     """All walks from a few items that have users; visits [items, sum(per_hop)] get the items after hop 1, 2, ...
 
-    Each loop is one of a hop's four reads, for all walks: none waits for another.
+    Each loop is one of a hop's reads, for all walks: none waits for another, and asks memory for what the next loop
+    reads. bits uint64 and edges int64 are [items, walks]: a hop's random bits, and where the walks are.
     """
     indptr, users, user_indptr, user_items = graph.item_indptr, graph.item_users, graph.user_indptr, graph.user_items
     weighted = len(graph.item_shares) > 0
-    low, golden = np.int64(_LOW_32), np.uint64(_GOLDEN)
+    low, half, golden, one = np.int64(_LOW_32), np.uint64(32), np.uint64(_GOLDEN), np.uint64(1)
     before, now = 0, 0
     for hop in range(len(per_hop)):
         alive = per_hop[hop]
+        going_on = per_hop[hop + 1] if hop + 1 < len(per_hop) else 0
         for row in range(len(items)):
-            item = items[row]
-            stream = _mix(_mix(seed + golden) ^ (np.uint64(item) * golden))
+            stream = _mix(_mix(seed + golden) ^ (np.uint64(items[row]) * golden))
+            counter = stream + np.uint64(hop << 32) * golden
+            for walk in range(alive):
+                counter += golden
+                bits[row, walk] = _mix(counter)
             if hop == 0:
-                offset = np.int64(_mix(stream) >> np.uint64(32))
-                start = indptr[item]
-                degree = indptr[item + 1] - start
+                offset, start = np.int64(_mix(stream) >> half), indptr[items[row]]
+                degree = indptr[items[row] + 1] - start
                 for walk in range(alive):
                     point = (offset + walk * _GOLDEN_32) & low
                     edges[row, walk] = _pick(point, start, degree, graph.item_shares, weighted)
             else:
                 for walk in range(alive):
-                    here = visits[row, before + walk]
+                    here = np.uint64(visits[row, before + walk])
                     start = indptr[here]
-                    degree = indptr[np.int64(here) + 1] - start
-                    counter = np.uint64((hop << 32) + walk + 1)
-                    point = np.int64(_mix(stream + counter * golden) >> np.uint64(32))
-                    edges[row, walk] = _pick(point, start, degree, graph.item_shares, weighted)
+                    point = np.int64(bits[row, walk] >> half)
+                    edges[row, walk] = _pick(point, start, indptr[here + one] - start, graph.item_shares, weighted)
+                    prefetch(users, edges[row, walk])
         for row in range(len(items)):
             for walk in range(alive):
-                edges[row, walk] = users[edges[row, walk]]
+                edges[row, walk] = users[np.uint64(edges[row, walk])]
+                prefetch(user_indptr, edges[row, walk])
         for row in range(len(items)):
-            stream = _mix(_mix(seed + golden) ^ (np.uint64(items[row]) * golden))
             for walk in range(alive):
-                user = edges[row, walk]
+                user = np.uint64(edges[row, walk])
                 start = user_indptr[user]
-                degree = user_indptr[user + 1] - start
-                counter = np.uint64((hop << 32) + walk + 1)
-                point = np.int64(_mix(stream + counter * golden)) & low
-                edges[row, walk] = _pick(point, start, degree, graph.user_shares, weighted)
+                point = np.int64(bits[row, walk]) & low
+                edges[row, walk] = _pick(point, start, user_indptr[user + one] - start, graph.user_shares, weighted)
+                prefetch(user_items, edges[row, walk])
         for row in range(len(items)):
             for walk in range(alive):
-                visits[row, now + walk] = user_items[edges[row, walk]]
-        before = now
-        now += alive
+                visits[row, now + walk] = user_items[np.uint64(edges[row, walk])]
+            for walk in range(going_on):
+                prefetch(indptr, visits[row, now + walk])
+        before, now = now, now + alive
 
 
 @numba.njit(cache=True, nogil=True)
@@ -296,12 +298,12 @@ def _with_users(graph: Any, items: Any) -> Any:
 def _sum_visits(graph: Any, items: Any, per_hop: Any, seed: Any) -> Any:
     places = _with_users(graph, items)
     size = max(1, _BLOCK_WALKS // max(per_hop[0], 1))
-    edges = np.empty((size, per_hop[0]), np.int64)
+    bits, edges = np.empty((size, per_hop[0]), np.uint64), np.empty((size, per_hop[0]), np.int64)
     visits = np.empty((size, per_hop.sum()), np.uint32)
     total = 0
     for first in range(0, len(places), size):
         block = items[places[first : first + size]]
-        _walk_block(graph, block, per_hop, seed, edges, visits)
+        _walk_block(graph, block, per_hop, seed, bits, edges, visits)
         for row in range(len(block)):
             for visit in range(visits.shape[1]):
                 total += visits[row, visit]
@@ -312,13 +314,13 @@ def _sum_visits(graph: Any, items: Any, per_hop: Any, seed: Any) -> Any:
 def _count_visits(graph: Any, items: Any, per_hop: Any, seed: Any, ids: Any, counts: Any, lengths: Any) -> None:
     places = _with_users(graph, items)
     size = max(1, _BLOCK_WALKS // max(per_hop[0], 1))
-    edges = np.empty((size, per_hop[0]), np.int64)
+    bits, edges = np.empty((size, per_hop[0]), np.uint64), np.empty((size, per_hop[0]), np.int64)
     visits = np.empty((size, per_hop.sum()), np.uint32)
     scratch = make_scratch(visits.shape[1])
     scratch.adds[:] = 1
     for first in range(0, len(places), size):
         block = items[places[first : first + size]]
-        _walk_block(graph, block, per_hop, seed, edges, visits)
+        _walk_block(graph, block, per_hop, seed, bits, edges, visits)
         for row in range(len(block)):
             place = places[first + row]
             lengths[place] = top_sums(

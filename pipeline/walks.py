@@ -24,27 +24,27 @@ def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Line
     choice = choose(storage, settings.resources)
     say(f"walks: estimator {walks.estimator}, strategy {choice.strategy}: {choice.reason}")
     near = Neighbourhoods(spark, storage, settings, lineage, schemas.WALKS.name, choice.strategy)
-    top, bounds = walks.num_neighbours, near.bounds
-    if walks.estimator == "walks":
-        visited = near.visited()
+    top, in_order = walks.num_neighbours, walks.estimator == "walks"
+    if in_order:
+        visited, consecutive = near.visited(), near.consecutive()
 
         def make(shard: int) -> pa.Table:
-            return neighbour_rows(*bounds(shard), visited(shard, top))
+            return neighbour_rows(consecutive(shard), visited(shard, top))
 
     elif walks.compose_rows:
-        composed = near.composed(near.store_rows(top), walks.compose_rows, top)
+        composed, items_of = near.composed(near.store_rows(top), walks.compose_rows, top), near.items_of()
 
         def make(shard: int) -> pa.Table:
-            compose = composed(shard)
-            return neighbour_rows(*bounds(shard), (compose(items, top, None) for items in blocks(*bounds(shard))))
+            compose, items = composed(shard), items_of(shard)
+            return neighbour_rows(items, (compose(block, top, None) for block in blocks(items)))
 
     else:
-        first_hop = near.first_hop()
+        first_hop, items_of = near.first_hop(), near.items_of()
 
         def make(shard: int) -> pa.Table:
-            hop = first_hop(shard)
-            return neighbour_rows(*bounds(shard), (hop(items, top) for items in blocks(*bounds(shard))))
+            hop, items = first_hop(shard), items_of(shard)
+            return neighbour_rows(items, (hop(block, top) for block in blocks(items)))
 
     report = {"items": near.num_items, "num_neighbours": top, "strategy": choice.strategy, "reason": choice.reason}
-    near.store(schemas.NEIGHBOURS, make, "walks: top neighbours", report)
+    near.store(schemas.NEIGHBOURS, make, "walks: top neighbours", report, in_order)
     near.clean()

@@ -19,9 +19,11 @@ PACKAGES = ("pipeline", "pipeline.contracts", "model", "jobs")
 
 # Modules of `pipeline` that are no stage but a stage's inner part, and the modules that may import them.
 KERNELS = {
+    "clusters": {"neighbourhoods"},
     "encoders": {"features"},
     "event_kernel": {"ingest"},
     "exact_kernel": {"neighbourhoods", "shipping"},
+    "graph_kernel": {"graph"},
     "input_files": {"guess", "sources"},
     "keys": {"ingest"},
     "neighbourhoods": {"pairs", "walks"},

@@ -387,6 +387,8 @@ class WalksResources(Section):
     replicate if the graph fits host_memory and the cache's disk."""
     host_memory: ByteSize | None = None
     """What one host may give to the graph, such as 200g. None: half the memory of the machine that decides."""
+    cluster_rounds: Count = 5
+    """shuffle: rounds of label propagation that lay items out, so that items of one task share users. 0: by id."""
 
 
 class SparkResources(Section):
