@@ -179,7 +179,7 @@ def rank_of(item: Any, item_ranks: Any, item_indptr: Any) -> Any:
     """An item's degree_rank, from the ranks if there are any, else from its row."""
     if len(item_ranks):
         return np.int64(item_ranks[item])
-    return degree_rank(item_indptr[np.int64(item) + 1] - item_indptr[item])
+    return degree_rank(item_indptr[item + np.uint64(1)] - item_indptr[item])
 
 
 def _generate_prefetch(typing_context: Any, array: Any, place: Any) -> Any:
@@ -335,13 +335,20 @@ def _count_visits(graph: Any, items: Any, per_hop: Any, seed: Any, ids: Any, cou
 @numba.njit(cache=True, nogil=True)
 def make_scratch(size: Any) -> Any:
     """Scratch for up to size entries of one item."""
-    cells = 1 << bit_length(2 * size)
+    cells = 1 << _table_bits(size)
     return Scratch(
         np.empty(size, np.uint32), np.empty(size, np.uint32), np.empty(cells, np.uint32),
         np.empty(size + 1, np.uint32), np.empty(size + 1, np.uint32), np.zeros(cells, np.uint64),
         np.empty(size + 1, np.int64), np.empty(size + 1, np.int64), np.empty(size + 1, np.uint32),
         np.empty(size + 1, np.int64), np.empty(size + 1, np.uint32), np.empty(2048, np.int64),
     )  # fmt: skip
+
+
+@numba.njit(cache=True)
+def _table_bits(size: Any) -> Any:
+    """Of a table for this many entries: eight times the room, as a collision costs more than a miss of the first cache,
+    but no more than 32 KiB if twice the room will do."""
+    return min(bit_length(8 * size), max(12, bit_length(2 * size)))
 
 
 @numba.njit(cache=True, nogil=True)
@@ -363,19 +370,19 @@ def top_sums(
     while True:
         if floor > 1:
             few = _reaching(ids, adds, size, floor, bits, scratch)
-            count = _sums(scratch.few_ids, scratch.few_adds, few, skip, floor, scratch)
+            count = _sums(scratch.few_ids, scratch.few_adds, few, skip, floor, item_ranks, item_indptr, scratch)
         else:
-            count = _sums(ids, adds, size, skip, 0, scratch)
+            count = _sums(ids, adds, size, skip, 0, item_ranks, item_indptr, scratch)
         if count >= wanted or floor <= 1:
             break
         floor >>= 1
     kept = min(count, wanted)
     if kept:
-        count = _narrow(scratch, count, kept, item_ranks, item_indptr)
+        count = _narrow(scratch, count, kept)
         _sort(scratch, count)
         for k in range(kept):
             top_ids[k] = scratch.names[k]
-            top_scores[k] = scratch.keys[k]
+            top_scores[k] = scratch.keys[k] >> 8
     return kept
 
 
@@ -432,13 +439,15 @@ def _reaching(ids: Any, adds: Any, size: Any, floor: Any, bits: Any, scratch: An
 
 
 @numba.njit(cache=True, nogil=True)
-def _sums(ids: Any, adds: Any, size: Any, skip: Any, floor: Any, scratch: Any) -> Any:
-    """Sums by id that reach floor into scratch.keys and scratch.names; returns how many.
+def _sums(
+    ids: Any, adds: Any, size: Any, skip: Any, floor: Any, item_ranks: Any, item_indptr: Any, scratch: Any
+) -> Any:
+    """The ids whose sum reaches floor into scratch.names, sum << 8 | degree_rank into scratch.keys; returns how many.
 
     A slot of the table is sum << 32 | id, and 0 if free. What is not predictable is computed without a branch.
     """
     table, used, keys, names = scratch.table, scratch.used, scratch.keys, scratch.names
-    bits = bit_length(2 * size)
+    bits = _table_bits(size)
     mask, low, free, half = np.uint64((1 << bits) - 1), np.uint64(_LOW_32), np.uint64(0), np.uint64(32)
     count = np.uint64(0)
     for k in range(size):
@@ -454,30 +463,27 @@ def _sums(ids: Any, adds: Any, size: Any, skip: Any, floor: Any, scratch: Any) -
     reached = np.uint64(0)
     for k in range(count):
         slot = np.uint64(used[k])
-        key, name = np.int64(table[slot] >> half), table[slot] & low
+        total, name = np.int64(table[slot] >> half), table[slot] & low
         table[slot] = free
-        keys[reached] = key
+        keys[reached] = (total << 8) | rank_of(name, item_ranks, item_indptr)
         names[reached] = np.uint32(name)
-        reached += np.uint64((key >= floor) & (np.int64(name) != skip))
+        reached += np.uint64((total >= floor) & (np.int64(name) != skip))
     return np.int64(reached)
 
 
 @numba.njit(cache=True, nogil=True)
-def _narrow(scratch: Any, count: Any, kept: Any, item_ranks: Any, item_indptr: Any) -> Any:
-    """Drop sums that cannot be among the kept largest; keys become sum << 8 | degree_rank. Returns how many stay."""
+def _narrow(scratch: Any, count: Any, kept: Any) -> Any:
+    """Drop what is not among the kept largest keys, or, of equal ones, smallest ids; returns how many stay, or a few
+    more."""
     keys, names = scratch.keys, scratch.names
     sure, count = _select(scratch, 0, count, kept)
-    for k in range(count):
-        keys[k] = keys[k] << 8 | rank_of(names[k], item_ranks, item_indptr)
-    sure, count = _select(scratch, sure, count, kept)
-    if count > kept + _FEW:  # all undecided ones tie: the smallest ids win
+    if count > kept + _FEW:  # all undecided ones tie
         key = keys[sure]
         for k in range(sure, count):
             keys[k] = -np.int64(names[k])
+        first = sure
         sure, count = _select(scratch, sure, count, kept)
-        for k in range(count):
-            if keys[k] <= 0:
-                keys[k] = key
+        keys[first:count] = key
     return count
 
 
@@ -525,7 +531,7 @@ def _select(scratch: Any, sure: Any, count: Any, kept: Any) -> Any:
 
 @numba.njit(cache=True, nogil=True)
 def _sort(scratch: Any, count: Any) -> None:
-    """Sort the first count by key descending, then name ascending; keys lose their rank."""
+    """Sort the first count by key descending, then name ascending."""
     keys, names, spare_keys, spare_names = scratch.keys, scratch.names, scratch.spare_keys, scratch.spare_names
     if count > _SORTED_DIRECTLY:
         _radix_sort(scratch, count)
@@ -545,8 +551,6 @@ def _sort(scratch: Any, count: Any) -> None:
                 names[place] = names[place - 1]
                 place -= 1
             keys[i], names[place] = key, name
-    for k in range(count):
-        keys[k] >>= 8
 
 
 @numba.njit(cache=True, nogil=True)
