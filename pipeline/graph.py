@@ -12,10 +12,9 @@ shard per task; on the driver, histograms.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,188 +28,106 @@ from pipeline.contracts.config import Graph, Settings
 from pipeline.contracts.datasets import (
     Lineage,
     Manifest,
-    Shard,
     begin,
-    commit,
     finished_manifest,
-    finished_shard,
     lists_to_arrow,
     open_manifest,
     read_shard,
-    write_file,
-    write_shard,
 )
 from pipeline.contracts.errors import DataError
 from pipeline.contracts.schemas import Dataset, how_to_build
 from pipeline.contracts.sharding import count_shards, shard_bounds, stage_seed
 from pipeline.contracts.storage import Storage
-from pipeline.exchange import gather, scatter
+from pipeline.exchange import gather
 from pipeline.graph_kernel import Events, Rows
 from pipeline.spark import Task, run_tasks, say
+from pipeline.steps import Blocks, Output, Report, run_step
 
 _DAY = 86_400
 _FOOTER_BYTES = 1 << 16
-Counts = dict[str, Any]
+_EMPTY_ROWS = 10
+"""Users of a part, in rows_per_shard: only a part of users mostly without interactions has more and is cut."""
+Made = tuple[list[pa.Table | Blocks], Report]
 
 
 def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Lineage) -> None:
     """Build both directions of the graph from the training interactions."""
-    finished = {dataset.name: finished_manifest(storage, dataset, lineage) for dataset in schemas.GRAPH.writes}
     for dataset in schemas.GRAPH.writes:
-        if finished[dataset.name] is None:
+        if finished_manifest(storage, dataset, lineage) is None:
             begin(storage, dataset)
     maker = plan(spark, storage, settings)
+    before = {dataset.name: _degrees_before(spark, storage, dataset) for dataset in (schemas.USERS, schemas.ITEMS)}
+    sizes = {"users": maker.num_users, "items": maker.num_items, "weighted": maker.limits.has_weights}
+    parts = [{"part": part} for part in range(maker.num_parts)]
+    shards = [{"shard": shard} for shard in range(maker.num_item_shards)]
+    counted: dict[str, Report] = {}
 
-    def step(name: str, dataset: Dataset | None, num_tasks: int, make: Callable[[int], _Made]) -> _Step:
-        done = finished[dataset.name] if dataset else None
-        return _Step(spark, storage, lineage, f"graph/{name}", dataset, done, num_tasks, make)
+    def describe(side: str, *earlier: str) -> Any:
+        """What a manifest says of its side; raises DataError if there is nothing to commit."""
 
-    limited, num_shards = maker.limits_items, (maker.num_user_shards, maker.num_item_shards)
-    users = step("users", None if limited else schemas.USER_ITEMS, maker.num_parts, maker.users)
-    edges = users.send("graph/edges", num_shards[1], "graph: edges from users to items")
-    _check_any(storage, edges, users)
-    items = step("items", schemas.ITEM_USERS, num_shards[1], lambda shard: maker.items(edges, shard))
-    rows = users
-    if limited:
-        kept = items.send("graph/kept", num_shards[0], "graph: edges back to users")
-        _check_any(storage, kept, users)
-        rows = step("rows", schemas.USER_ITEMS, num_shards[0], lambda shard: maker.users_again(kept, shard))
-    stored = {part.name: part.collect() for part in {users.name: users, items.name: items, rows.name: rows}.values()}
-    before = [_degrees_before(spark, storage, dataset) for dataset in (schemas.USERS, schemas.ITEMS)]
-    counted = [stored[part.name][1] for part in (users, items, rows)]
-    report = {"users": maker.num_users, "items": maker.num_items, "weighted": maker.limits.has_weights}
-    report |= make_report(*counted, *before)
-    for dataset, part in ((schemas.ITEM_USERS, items), (schemas.USER_ITEMS, rows)):
-        if finished[dataset.name] is None:
-            commit(storage, dataset, stored[part.name][0], lineage, report)
-    say(summary(report))
+        def metadata(reports: list[Report]) -> dict[str, Any]:
+            rules = added([*(counted[name] for name in earlier), *reports])
+            if not rules["degrees"]["edges"]:
+                raise DataError(_why_empty(counted.get("users", rules)["events"]))
+            return sizes | describe_side(rules, before[side])
+
+        return metadata
+
+    def step(name: str, tasks: Sequence[Task], outputs: Sequence[Output], make: Any, label: str) -> None:
+        done = run_step(spark, storage, lineage, f"graph/{name}", tasks, outputs, make, f"graph: {label}")
+        counted[name] = added(done)
+
+    edges, kept = Output("graph/edges", maker.num_item_shards), Output("graph/kept", maker.num_parts)
+    user_items = Output(schemas.USER_ITEMS, describe=describe("users", *(["users"] if maker.limits_items else [])))
+    item_users = Output(schemas.ITEM_USERS, describe=describe("items"))
+    if not maker.limits_items:
+        step("users", parts, [user_items, edges], maker.users, "rows of users, edges to items")
+        sent = open_manifest(storage, edges.name)
+        step("items", shards, [item_users], lambda task: maker.items(task, sent), "rows of items")
+    else:
+        step("users", parts, [edges], maker.users, "edges to items")
+        sent = open_manifest(storage, edges.name)
+        step("items", shards, [item_users, kept], lambda task: maker.items(task, sent), "rows of items, edges back")
+        back = open_manifest(storage, kept.name)
+        step("rows", parts, [user_items], lambda task: maker.users_again(task, back), "rows of users")
+    say(summary(*(open_manifest(storage, output.dataset).metadata for output in (user_items, item_users))))
     storage.delete(schemas.GRAPH.name)
 
 
-def _check_any(storage: Storage, edges: Manifest, users: _Step) -> None:
-    """Raise DataError if no edge is left."""
-    if edges.num_rows:
-        return
-    events = users.collect()[1]["events"]
-    storage.delete(schemas.GRAPH.name)
+def _why_empty(events: int) -> str:
     if events:
-        raise DataError(
+        return (
             f"the graph has no edge: its limits leave none of what {events:,} training interactions make; lower "
             "task.graph.min_user_degree or min_item_degree"
         )
-    raise DataError("the graph has no edge: no training interaction is left; look at `pinsage status` and the split")
-
-
-# ------------------------------------------------------------------------------------------------ steps
-
-
-class _Made(NamedTuple):
-    """Shards to store, what was counted, and edges to send on with the destination of each."""
-
-    shards: list[tuple[int, pa.Table]]
-    counts: Counts
-    edges: pa.Table | None = None
-    destinations: NDArray[np.integer] | None = None
-
-
-@dataclass(frozen=True)
-class _Step:
-    """Tasks that each store some shards of a dataset and a note of them; the notes `name` are scratch.
-
-    A task whose note and shards an interrupted attempt left is not done again.
-    """
-
-    spark: SparkSession
-    storage: Storage
-    lineage: Lineage
-    name: str
-    dataset: Dataset | None
-    finished: Manifest | None
-    num_tasks: int
-    make: Callable[[int], _Made]
-
-    def send(self, name: str, num_destinations: int, label: str) -> Manifest:
-        """Do all tasks, and exchange the edges that they send on."""
-        store = self._storing()
-
-        def make(number: int) -> tuple[pa.Table, NDArray[np.integer]]:
-            made = store(number)[0]
-            assert made.edges is not None
-            assert made.destinations is not None
-            return made.edges, made.destinations
-
-        return scatter(self.spark, self.storage, name, self.lineage, self.num_tasks, make, num_destinations, label)
-
-    def collect(self) -> tuple[list[Shard], Counts]:
-        """All shards, made where they are missing, and the sums of what was counted."""
-        storage, name, lineage, dataset = self.storage, self.name, self.lineage, self.dataset
-        store, is_finished = self._storing(), self.finished is not None
-
-        def work(task: Task) -> Task:
-            note = finished_shard(storage, name, f"part-{task['number']:05d}.json", lineage)
-            if note is not None:
-                found: Task = json.loads(storage.read_bytes(f"{name}/{note.name}"))
-                names = [] if dataset is None or is_finished else [shard["name"] for shard in found["shards"]]
-                if all(finished_shard(storage, dataset or "", file, lineage) for file in names):
-                    return found
-            return store(task["number"])[1]
-
-        label = f"graph: {'counts' if dataset is None else dataset.name}"
-        results = run_tasks(self.spark, [{"number": number} for number in range(self.num_tasks)], work, label)
-        return [Shard(**shard) for result in results for shard in result["shards"]], added(r["counts"] for r in results)
-
-    def _storing(self) -> Callable[[int], tuple[_Made, Task]]:
-        storage, name, lineage, dataset, make = self.storage, self.name, self.lineage, self.dataset, self.make
-        is_finished = self.finished is not None
-
-        def store(number: int) -> tuple[_Made, Task]:
-            made = make(number)
-            stored = []
-            if dataset is not None and not is_finished:
-                stored = [asdict(write_shard(storage, dataset, shard, table, lineage)) for shard, table in made.shards]
-            note: Task = {"shards": stored, "counts": made.counts}
-            write_file(storage, name, f"part-{number:05d}.json", json.dumps(note).encode(), lineage)
-            return made._replace(shards=[]), note
-
-        return store
-
-
-def added(counts: Iterable[Counts]) -> Counts:
-    """Sums of numbers by name, at any depth; of `most` and `latest` the largest."""
-    total: Counts = {}
-    for count in counts:
-        for name, value in count.items():
-            if isinstance(value, Mapping):
-                total[name] = added([total.get(name, {}), dict(value)])
-            elif name in ("most", "latest"):
-                total[name] = max(total.get(name, value), value)
-            else:
-                total[name] = total.get(name, 0) + value
-    return total
+    return "the graph has no edge: no training interaction is left; look at `pinsage status` and the split"
 
 
 # ------------------------------------------------------------------------------------------------ what a task makes
 
 
 def plan(spark: SparkSession, storage: Storage, settings: Settings) -> Maker:
-    """Which users and items the tasks own: a part of the users per shard of interactions, in one or more shards."""
+    """Which users and items the tasks own: of the users as many parts as interactions have shards, or a multiple."""
     interactions = open_manifest(storage, schemas.INTERACTIONS)
     num_users, num_items = (open_manifest(storage, d).num_rows for d in (schemas.USERS, schemas.ITEMS))
-    rows_per_shard, num_parts = settings.resources.rows_per_shard, max(1, len(interactions.shards))
+    rows_per_shard, num_shards = settings.resources.rows_per_shard, max(1, len(interactions.shards))
     limits = settings.task.graph
     day = 1 if settings.task.data.interactions.timestamp_unit == "order" else _DAY
     return Maker(
         storage, interactions, _user_spans(spark, storage, interactions), limits, settings.task.seed,
         decay=1 / (limits.half_life_days * day) if limits.half_life_days else 0.0,
-        num_users=num_users, num_items=num_items, num_parts=num_parts,
-        num_user_shards=num_parts * -(-count_shards(num_users, rows_per_shard) // num_parts),
+        num_users=num_users, num_items=num_items,
+        num_parts=num_shards * -(-count_shards(num_users, _EMPTY_ROWS * rows_per_shard) // num_shards),
         num_item_shards=count_shards(num_items, rows_per_shard),
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Maker:
-    """Makes rows and edges of any part or shard. spans are the first and last user of every shard of interactions."""
+    """Makes rows and edges of any part of the users and any shard of the items, and counts.
+
+    spans are the first and last user of every shard of interactions.
+    """
 
     storage: Storage
     interactions: Manifest
@@ -221,7 +138,6 @@ class Maker:
     num_users: int
     num_items: int
     num_parts: int
-    num_user_shards: int
     num_item_shards: int
 
     @property
@@ -239,9 +155,9 @@ class Maker:
             names.append(("time", pa.int64()))
         return pa.schema(names)
 
-    def users(self, part: int) -> _Made:
-        """The rows of a part's users from their events, and all their edges by the shard of their item."""
-        limits, (start, stop) = self.limits, shard_bounds(self.num_users, self.num_parts, part)
+    def users(self, task: Task) -> Made:
+        """The rows of a part's users, unless they have to wait; and their edges by the shard of their item."""
+        limits, (start, stop) = self.limits, shard_bounds(self.num_users, self.num_parts, task["part"])
         events = self._events(start, stop)
         rows, merged = kernel.merge_events(events, start, stop, self.num_items, limits.has_weights, self.decay)
         if merged.bad_row >= 0:
@@ -250,40 +166,40 @@ class Maker:
                 f"interactions: user {user}, item {item}, weight {weight}: expected an item below {self.num_items:,} "
                 f"and a finite weight above 0; {how_to_build('interactions', 'again')}"
             )
-        counts = {"events": merged.used, "duplicates": merged.used - len(rows.ids), "weightless": merged.weightless}
+        report: Report = {"events": merged.used, "duplicates": merged.used - len(rows.ids)}
+        report["weightless"] = merged.weightless
         if self.decay and len(rows.times):
-            counts["latest"] = int(rows.times.max())
+            report["latest"] = int(rows.times.max())
         rows, too_few, too_many = kernel.limit_rows(
             rows, start, limits.min_user_degree, limits.max_user_degree, self._drawn("users"), by_user=True
         )
-        counts |= {"below_minimum": too_few, "above_limit": too_many}
-        each = self.num_user_shards // self.num_parts
-        shards = range(part * each, (part + 1) * each)
-        stored = [] if self.limits_items else self._user_items(rows, start, shards)
+        report |= {"below_minimum": too_few, "above_limit": too_many}
+        made: list[pa.Table | Blocks] = []
         if not self.limits_items:
-            counts |= degree_counts(rows.degrees)
+            report |= degree_counts(rows.degrees)
+            made.append(self._user_items(rows, start))
         owners, edges, destinations = kernel.to_shards(rows, start, self.num_items, self.num_item_shards)
-        return _Made(stored, counts, self._table(owners, edges.ids, edges), destinations)
+        return [*made, (self._table(owners, edges.ids, edges), destinations)], report
 
-    def items(self, edges: Manifest, shard: int) -> _Made:
-        """The rows of a shard's items from the edges sent there; and those that limits leave, by their user's shard."""
-        limits, (start, stop) = self.limits, shard_bounds(self.num_items, self.num_item_shards, shard)
-        rows = self._gathered(edges, shard, "item", "user", start, stop)
+    def items(self, task: Task, sent: Manifest) -> Made:
+        """The rows of a shard's items; with limits, also the edges that these leave by the part of their user."""
+        limits, (start, stop) = self.limits, shard_bounds(self.num_items, self.num_item_shards, task["shard"])
+        rows = self._gathered(sent, task["shard"], "item", "user", start, stop)
         rows, too_few, too_many = kernel.limit_rows(
             rows, start, limits.min_item_degree, limits.max_item_degree, self._drawn("items"), by_user=False
         )
-        counts = {"below_minimum": too_few, "above_limit": too_many, **degree_counts(rows.degrees)}
-        stored = [(shard, self._adjacency(rows, start))]
+        report = {"below_minimum": too_few, "above_limit": too_many, **degree_counts(rows.degrees)}
+        adjacency = self._adjacency(rows, start)
         if not self.limits_items:
-            return _Made(stored, counts)
-        owners, back, destinations = kernel.to_shards(rows, start, self.num_users, self.num_user_shards)
-        return _Made(stored, counts, self._table(back.ids, owners, back), destinations)
+            return [adjacency], report
+        owners, edges, destinations = kernel.to_shards(rows, start, self.num_users, self.num_parts)
+        return [adjacency, (self._table(edges.ids, owners, edges), destinations)], report
 
-    def users_again(self, kept: Manifest, shard: int) -> _Made:
-        """The rows of a shard's users from the edges that the items' limits left."""
-        start, stop = shard_bounds(self.num_users, self.num_user_shards, shard)
-        rows = self._gathered(kept, shard, "user", "item", start, stop)
-        return _Made(self._user_items(rows, start, range(shard, shard + 1)), degree_counts(rows.degrees))
+    def users_again(self, task: Task, kept: Manifest) -> Made:
+        """The rows of a part's users from the edges that the items' limits left."""
+        start, stop = shard_bounds(self.num_users, self.num_parts, task["part"])
+        rows = self._gathered(kept, task["part"], "user", "item", start, stop)
+        return [self._user_items(rows, start)], degree_counts(rows.degrees)
 
     def _events(self, start: int, stop: int) -> Events:
         """All events of the users [start, stop), from the shards that have any."""
@@ -321,14 +237,10 @@ class Maker:
         weights, times = columns.get("weight", np.zeros(0)), columns.get("time", np.zeros(0, np.int64))
         return kernel.collect_rows(columns[owner], (columns[other], weights, times), start, stop)
 
-    def _user_items(self, rows: Rows, start: int, shards: range) -> list[tuple[int, pa.Table]]:
-        """Shards of USER_ITEMS from their rows, which it shuffles."""
+    def _user_items(self, rows: Rows, start: int) -> pa.Table:
+        """Rows of users, which it shuffles."""
         kernel.shuffle_rows(rows, start, stage_seed(self.seed, "graph order"))
-        found = []
-        for shard in shards:
-            first, last = shard_bounds(self.num_users, self.num_user_shards, shard)
-            found.append((shard, self._adjacency(rows.part(first - start, last - start), first)))
-        return found
+        return self._adjacency(rows, start)
 
     def _adjacency(self, rows: Rows, start: int) -> pa.Table:
         weighted = self.limits.has_weights
@@ -373,14 +285,28 @@ def _user_spans(spark: SparkSession, storage: Storage, interactions: Manifest) -
 # ------------------------------------------------------------------------------------------------ report
 
 
-def degree_counts(degrees: NDArray[np.integer]) -> Counts:
+def degree_counts(degrees: NDArray[np.integer]) -> Report:
     """A histogram of degrees that can be added to others."""
     numbers = np.bincount(kernel.degree_bins(degrees))
     bins = {str(place): int(numbers[place]) for place in np.flatnonzero(numbers)}
     return {"degrees": {"bins": bins, "edges": int(degrees.sum()), "most": int(degrees.max(initial=0))}}
 
 
-def _degrees_before(spark: SparkSession, storage: Storage, dataset: Dataset) -> Counts:
+def added(reports: Iterable[Report]) -> Report:
+    """Sums of numbers by name, at any depth; of `most` and `latest` the largest."""
+    total: Report = {}
+    for report in reports:
+        for name, value in report.items():
+            if isinstance(value, Mapping):
+                total[name] = added([total.get(name, {}), dict(value)])
+            elif name in ("most", "latest"):
+                total[name] = max(total.get(name, value), value)
+            else:
+                total[name] = total.get(name, 0) + value
+    return total
+
+
+def _degrees_before(spark: SparkSession, storage: Storage, dataset: Dataset) -> Report:
     """What the whole training period gives, as ingest counted it."""
     manifest = open_manifest(storage, dataset)
 
@@ -391,24 +317,17 @@ def _degrees_before(spark: SparkSession, storage: Storage, dataset: Dataset) -> 
     return added(run_tasks(spark, tasks, work, f"graph: degrees of {dataset.name}"))
 
 
-def make_report(users: Counts, items: Counts, rows: Counts, users_before: Counts, items_before: Counts) -> Counts:
-    """What became of the events, and the degrees of both sides before and after the limits."""
-    names = {"below_minimum": "{}s_below_minimum", "above_limit": "{}s_above_limit"}
-    report = {name: users[name] for name in ("events", "duplicates", "weightless")}
-    if "latest" in users:
-        report["latest_event"] = users["latest"]
-    report["edges"] = rows["degrees"]["edges"]
-    report["removed"] = {
-        names[rule].format(side): counts[rule] for side, counts in (("user", users), ("item", items)) for rule in names
-    }
-    report["degrees"] = {
-        side: {"before": statistics(before["degrees"]), "after": statistics(after["degrees"])}
-        for side, before, after in (("users", users_before, rows), ("items", items_before, items))
-    }
-    return report
+def describe_side(report: Report, before: Report) -> dict[str, Any]:
+    """What a manifest says of one side: what became of events and edges, degrees before and after the limits."""
+    events: Report = {name: report[name] for name in ("events", "duplicates", "weightless", "latest") if name in report}
+    return {
+        "edges": report["degrees"]["edges"], **events,
+        "removed": {rule: report[rule] for rule in ("below_minimum", "above_limit")},
+        "degrees": {"before": statistics(before["degrees"]), "after": statistics(report["degrees"])},
+    }  # fmt: skip
 
 
-def statistics(degrees: Counts) -> Counts:
+def statistics(degrees: Report) -> dict[str, Any]:
     """Mean, median and 99th percentile (to an eighth above 15) of those with edges; [least degree, nodes] by bin."""
     bins = sorted((int(place), nodes) for place, nodes in degrees["bins"].items())
     histogram = [[kernel.bin_start(place), nodes] for place, nodes in bins]
@@ -429,16 +348,17 @@ def statistics(degrees: Counts) -> Counts:
     }  # fmt: skip
 
 
-def summary(report: Counts) -> str:
-    """What became of the training events, in one line for a person."""
-    found = f"graph: {report['events']:,} training events make {report['edges']:,} edges"
-    if report["duplicates"]:
-        found += f"; {report['duplicates']:,} repeat one"
-    rules = {
-        "users_below_minimum": "of users below the minimum", "users_above_limit": "of users above the limit",
-        "items_below_minimum": "of items below the minimum", "items_above_limit": "of items above the limit",
-    }  # fmt: skip
-    removed = [f"{report['removed'][rule]:,} {words}" for rule, words in rules.items() if report["removed"][rule]]
+def summary(users: Mapping[str, Any], items: Mapping[str, Any]) -> str:
+    """What became of the training events, in one line for a person, from the metadata of USER_ITEMS and ITEM_USERS."""
+    found = f"graph: {users['events']:,} training events make {users['edges']:,} edges"
+    if users["duplicates"]:
+        found += f"; {users['duplicates']:,} repeat one"
+    removed = [
+        f"{side['removed'][rule]:,} of {name} {words}"
+        for name, side in (("users", users), ("items", items))
+        for rule, words in (("below_minimum", "below the minimum"), ("above_limit", "above the limit"))
+        if side["removed"][rule]
+    ]
     found += f"; removed: {', '.join(removed)}" if removed else ""
-    after = {side: report["degrees"][side]["after"]["without_edges"] for side in ("users", "items")}
-    return f"{found}; without edges: {after['users']:,} users, {after['items']:,} items"
+    empty = [f"{side['degrees']['after']['without_edges']:,}" for side in (users, items)]
+    return f"{found}; without edges: {empty[0]} users, {empty[1]} items"

@@ -31,7 +31,8 @@ KERNELS = {
     "report": {"evaluation"},
     "shipping": {"neighbourhoods"},
     "sources": {"guess", "ingest"},
-    "steps": {"ingest"},
+    "steps": {"graph", "ingest"},
+    "top_sums": {"exact_kernel", "walk_kernel"},
     "walk_kernel": {"exact_kernel", "neighbourhoods", "shipping"},
     "walkers": {"neighbourhoods"},
 }
