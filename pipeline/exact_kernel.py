@@ -18,16 +18,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.walk_kernel import (
-    BipartiteGraph,
-    empty_rows,
-    graph_arrays,
-    make_scratch,
-    prefetch,
-    read_only,
-    share_at,
-    top_sums,
-)
+from pipeline.top_sums import empty_rows, make_scratch, read_only, top_sums
+from pipeline.walk_kernel import BipartiteGraph, graph_arrays, prefetch, share_at
 
 _MAX_USERS = 1024  # of one item that are read: an item with more is a hub, and those stand for the others
 ONE = 1 << 30
@@ -183,6 +175,7 @@ def _levels(graph: Any, items: Any, entry_budget: Any, levels: Any, needed: Any)
 @numba.njit(cache=True, nogil=True)
 def _exact_rows(graph: Any, items: Any, entry_budget: Any, levels: Any, ids: Any, scores: Any, lengths: Any) -> None:
     """While one item's lists are summed, the next one's are on their way: plans [2] hold both, in turns."""
+    user_items, user_shares = graph.user_items, graph.user_shares
     users, shares, degrees = np.empty((3, 2, _MAX_USERS), np.int64)
     counts = np.zeros(2, np.int64)
     scratch = make_scratch(min(entry_budget, 4096))
@@ -200,8 +193,10 @@ def _exact_rows(graph: Any, items: Any, entry_budget: Any, levels: Any, ids: Any
             scratch = make_scratch(2 * needed)
         size = 0
         for k in range(counts[old]):
-            start = graph.user_indptr[users[old, k]]
-            size = _read_list(graph, start, degrees[old, k], shares[old, k], scratch, size)
+            start, length = graph.user_indptr[users[old, k]], degrees[old, k]
+            if length > 0:
+                _read_list(user_items, user_shares, start, length, shares[old, k], size, scratch.ids, scratch.adds)
+            size += length
         item = np.int64(graph.item_ids[items[place]]) if len(graph.item_ids) else items[place]
         lengths[place] = top_sums(
             scratch.ids, scratch.adds, size, item, graph.item_ranks, graph.item_indptr, scratch, ids[place],
@@ -232,25 +227,24 @@ def _plan(graph: Any, item: Any, entry_budget: Any, level: Any, users: Any, shar
 
 
 @numba.njit(cache=True, nogil=True)
-def _read_list(graph: Any, start: Any, length: Any, share: Any, scratch: Any, size: Any) -> Any:
-    """Append length entries of a user's list, each with its part of the user's share; returns the new size."""
-    if length <= 0:
-        return size
-    first, ids, adds = np.uint64(start), scratch.ids[size : size + length], scratch.adds[size : size + length]
-    if len(graph.user_shares):
-        unit = share * (ONE / 4294967296.0) / (np.int64(graph.user_shares[start + length - 1]) + 1)
+def _read_list(
+    user_items: Any, user_shares: Any, start: Any, length: Any, share: Any, size: Any, ids: Any, adds: Any
+) -> None:
+    """Write length entries of a user's list from place size on, each with its part of the user's share."""
+    first, place = np.uint64(start), np.uint64(size)
+    if len(user_shares):
+        unit = share * (ONE / 4294967296.0) / (np.int64(user_shares[start + length - 1]) + 1)
         before = np.int64(-1)
-        for k in range(length):
-            ids[k] = graph.user_items[first + np.uint64(k)]
-            reached = np.int64(graph.user_shares[first + np.uint64(k)])
-            adds[k] = max(np.int64((reached - before) * unit + 0.5), 1)
+        for k in range(np.uint64(length)):
+            ids[place + k] = user_items[first + k]
+            reached = np.int64(user_shares[first + k])
+            adds[place + k] = max(np.int64((reached - before) * unit + 0.5), 1)
             before = reached
     else:
         add = np.uint32(max((share >> 2) // length, 1))
-        for k in range(length):
-            ids[k] = graph.user_items[first + np.uint64(k)]
-            adds[k] = add
-    return size + length
+        for k in range(np.uint64(length)):
+            ids[place + k] = user_items[first + k]
+            adds[place + k] = add
 
 
 @numba.njit(cache=True, inline="always")

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from pipeline.exact_kernel import Rows, compose, exact_neighbours, prefix_lengths, water_level
+from pipeline.top_sums import make_scratch, top_sums
 from pipeline.walk_kernel import (
     BipartiteGraph,
     degree_rank,
@@ -237,6 +238,25 @@ def cut(graph: BipartiteGraph, items: NDArray[np.int64], lengths: NDArray[np.int
     )
 
 
+@settings(max_examples=80, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 1500), st.sampled_from([1, 3, 10, 40, 200]), st.sampled_from([1, 2, 50]))
+def test_the_largest_sums_are_found_whatever_the_amounts(seed: int, size: int, kept: int, spread: int) -> None:
+    """Equal amounts, a few large ones, and ids that share a cell; the item to skip has the most."""
+    generator = np.random.default_rng(seed)
+    ids = (generator.integers(0, 400, size) ** spread % 401).astype(np.uint32) << np.uint32(generator.integers(0, 20))
+    amounts = (generator.pareto(0.5, size) if spread > 1 else np.zeros(size)).clip(0, 1e5).astype(np.uint32) + 1
+    skip, used = int(ids[0]), np.unique(ids)
+    ranks = generator.integers(0, 3, int(used.max()) + 1).astype(np.uint8)
+    sums = {int(i): int(amounts[ids == i].sum()) for i in used if i != skip}
+    order = sorted(sums, key=lambda i: (-sums[i], -int(ranks[i]), i))[:kept]
+    top_ids, top_scores = np.zeros(kept, np.uint32), np.zeros(kept, np.int64)
+    count = top_sums(
+        ids, amounts, size, skip, ranks, np.zeros(0, np.int64), make_scratch(size), top_ids, top_scores
+    )  # fmt: skip
+    assert top_ids[:count].tolist() == order
+    assert top_scores[:count].tolist() == [sums[i] for i in order]
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("budget", [3, 20, 90, 2048])
 def test_lists_cut_at_the_needed_prefixes_give_the_same_bytes(weighted: bool, budget: int) -> None:
@@ -324,6 +344,8 @@ def test_neighbourhoods_are_those_of_the_power_iteration() -> None:
     rows = rows_of(exact_neighbours(graph, np.arange(3000), 100, 2048))
     longer = compose(rows, queries, 100, 100, 0.5, 50, item_indptr=graph.item_indptr)
     bars = {"walks": (0.36, 0.60), "many": (0.88, 0.985), "exact": (0.85, 0.975), "longer": (0.85, 0.975)}
+    whole = exact_neighbours(graph, queries, 3000, 2048)  # so many that no sketch is made, and all are sorted
+    assert_same(exact, (whole[0][:, :50], whole[1][:, :50], np.minimum(whole[2], 50)))
     results = {"walks": walks, "many": many, "exact": exact, "longer": longer}
     found = {name: overlap_and_mass(result, truth, 50) for name, result in results.items()}
     assert all(np.greater_equal(found[name], bars[name]).all() for name in bars), found
