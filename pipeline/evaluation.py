@@ -78,6 +78,7 @@ def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Line
         "index": json.loads(datasets.read_file(storage, manifests["index"], "recall.json")),
         "training": json.loads(datasets.read_file(storage, manifests["model"], history)) if history else None,
         "data": manifests["interactions"].metadata,
+        "graph": {side: manifests[name].metadata for side, name in (("users", "user_items"), ("items", "item_users"))},
         "settings": lineage.settings,
         "lineage": {"fingerprint": lineage.fingerprint, "inputs": lineage.inputs, "code": datasets.code_version()},
     }

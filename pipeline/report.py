@@ -84,6 +84,7 @@ def render(metrics: Metrics) -> str:
         f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in metrics['protocol'])}</ul>",
         "<h2>Nearest neighbours</h2>" if metrics["examples"] else "",
         f'<div class="cards">{"".join(_example(example) for example in metrics["examples"])}</div>',
+        _graph_section(metrics.get("graph", {})),
         "<h2>Index, training, embeddings</h2>",
         f'<div class="cards wide">{_index_card(metrics["index"])}{_training_card(metrics["training"])}'
         f"{_embeddings_card(metrics['embeddings'])}</div>",
@@ -183,6 +184,44 @@ def _example(example: Metrics) -> str:
     )
     about = f"{example['degree']:,} interactions, key {example['key']}"
     return f'<div class="card"><b>{escape(_name(example))}</b><small>{escape(about)}</small><ol>{near}</ol></div>'
+
+
+def _graph_section(graph: Metrics) -> str:
+    """Degrees of both sides before and after the limits, and what these removed."""
+    cards = "".join(
+        _degrees_card(side, other, graph[side])
+        for side, other in (("users", "items"), ("items", "users"))
+        if "degrees" in graph.get(side, {})
+    )
+    return f'<h2>Graph</h2><div class="cards wide">{cards}</div>' if cards else ""
+
+
+def _degrees_card(side: str, other: str, found: Metrics) -> str:
+    both = [found["degrees"][when] for when in ("before", "after")]
+    facts = {
+        label: " → ".join(dict.fromkeys(f"{degrees[name]:{',.1f' if name == 'mean' else ','}}" for degrees in both))
+        for name, label in (
+            ("mean", f"{other} each"), ("median", "median"), ("p99", "99th percentile"), ("max", "most"),
+            ("without_edges", f"{side} without edges"),
+        )
+    }  # fmt: skip
+    facts["edges removed"] = (
+        f"{found['removed']['above_limit']:,} above the limit, {found['removed']['below_minimum']:,} below the minimum"
+    )
+    drawing = log_curves([reached(degrees["histogram"]) for degrees in both], f"{other}, at least", side)
+    note = f"<figcaption>{side} with at least so many {other}, before the limits (wide, pale) and after</figcaption>"
+    return f'<div class="card"><b>{side.capitalize()}</b>{_facts(facts)}<figure>{note}{drawing}</figure></div>'
+
+
+def reached(histogram: Sequence[Sequence[int]]) -> list[Point]:
+    """(degree, how many have it or a higher one) from [least degree, nodes] by ascending bin, without degree 0."""
+    points: list[Point] = []
+    total = 0
+    for degree, nodes in reversed(histogram):
+        total += nodes
+        if degree:
+            points.append((float(degree), float(total)))
+    return points[::-1]
 
 
 def _index_card(index: Metrics) -> str:
@@ -314,6 +353,27 @@ def line(points: Sequence[Point], x_label: str, y_label: str, names: Sequence[st
     return _svg(width, height, parts, f"{y_label} against {x_label}")
 
 
+def log_curves(curves: Sequence[Sequence[Point]], x_label: str, y_label: str) -> str:
+    """A pale curve and one over it, their points at least 1, on logarithmic axes that begin at 1."""
+    width, height, left, bottom = 420, 220, 50, 40
+    highest = [max((point[axis] for points in curves for point in points), default=1) for axis in (0, 1)]
+    x_last, y_last = (max(1, math.ceil(math.log10(value))) for value in highest)
+
+    def x(value: float) -> float:
+        return left + 6 + (width - left - 26) * math.log10(value) / x_last
+
+    def y(value: float) -> float:
+        return 12 + (height - 12 - bottom) * (1 - math.log10(value) / y_last)
+
+    parts = _grid([10.0**power for power in range(y_last + 1)], y, left, width)
+    parts += [_text(x(10.0**power), height - 22, _short(10.0**power)) for power in range(x_last + 1)]
+    parts.append(_text((left + width) / 2, height - 5, x_label))
+    for style, points in zip(("curve former", "curve"), curves, strict=True):
+        drawn = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in points)
+        parts.append(f'<polyline class="{style}" points="{drawn}"/>')
+    return _svg(width, height, parts, f"{y_label} against {x_label}, both logarithmic")
+
+
 def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Round numbers, at least two, from at or below low to at or above high."""
     if high <= low:
@@ -327,9 +387,18 @@ def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 def _grid(ticks: Sequence[float], y: Any, left: int, width: int) -> list[str]:
     return [
-        f'<path class="grid" d="M{left} {y(tick):.1f}H{width - 8}"/>' + _text(left - 6, y(tick) + 4, f"{tick:g}", "end")
+        f'<path class="grid" d="M{left} {y(tick):.1f}H{width - 8}"/>'
+        + _text(left - 6, y(tick) + 4, _short(tick), "end")
         for tick in ticks
     ]
+
+
+def _short(number: float) -> str:
+    """1k, 10M, 1G; as it is below 1000 or if not a power of ten."""
+    for unit, name in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if number >= unit and math.log10(number).is_integer():
+            return f"{number / unit:g}{name}"
+    return f"{number:g}"
 
 
 def _text(x: float, y: float, words: str, anchor: str = "middle") -> str:
@@ -440,6 +509,7 @@ figure{margin:0;min-width:0}figcaption{color:var(--dim);font-size:13px}
 svg{width:100%;height:auto;display:block}svg text{fill:var(--dim);font-size:12px}
 .grid{stroke:var(--line)}.whisker{stroke:var(--ink);stroke-width:1.5}
 .curve{fill:none;stroke:var(--m0);stroke-width:2}.dot{fill:var(--m0)}
+.former{stroke:var(--m3);stroke-width:6;opacity:.6}
 .m0{fill:var(--m0)}.m1{fill:var(--m1)}.m2{fill:var(--m2)}.m3{fill:var(--m3)}
 .legend{display:flex;flex-wrap:wrap;gap:4px 18px;margin:4px 0 12px;font-size:13px}
 .legend i{display:inline-block;width:11px;height:11px;border-radius:3px;margin-right:6px}

@@ -315,6 +315,14 @@ def write(storage: Storage, dataset: schemas.Dataset, tables: list[pa.Table], **
     datasets.commit(storage, dataset, shards, LINEAGE, metadata)
 
 
+def described_degrees(indptr: np.ndarray) -> dict[str, Any]:
+    """The graph's metadata, as far as it is shown."""
+    degrees, nodes = np.unique(np.diff(indptr), return_counts=True)
+    found: dict[str, Any] = {"mean": 1.5, "median": 1, "p99": 2, "max": int(degrees.max()), "without_edges": 0}
+    found["histogram"] = [list(pair) for pair in zip(degrees.tolist(), nodes.tolist(), strict=True)]
+    return {"degrees": {"before": found, "after": found}, "removed": {"above_limit": 0, "below_minimum": 0}}
+
+
 def write_run(storage: Storage, events: Events, num_items: int, num_users: int, num_shards: int) -> np.ndarray:
     """All that the stage reads, with random embeddings; returns these."""
     rng = np.random.default_rng(10)
@@ -334,9 +342,9 @@ def write_run(storage: Storage, events: Events, num_items: int, num_users: int, 
     write(storage, schemas.ITEMS, [nodes.slice(0, 7), nodes.slice(7)])
     for dataset, (indptr, values) in ((schemas.ITEM_USERS, item_users), (schemas.USER_ITEMS, user_items)):
         lists = datasets.lists_to_arrow(indptr, values)
-        weights = datasets.lists_to_arrow(indptr, np.ones(len(values), np.float32))
+        shares = datasets.lists_to_arrow(np.zeros_like(indptr), np.zeros(0, np.uint32))
         rows = pa.array(np.arange(len(indptr) - 1), pa.uint32())
-        write(storage, dataset, [pa.table([rows, lists, weights], schema=dataset.arrow)])
+        write(storage, dataset, [pa.table([rows, lists, shares], schema=dataset.arrow)], **described_degrees(indptr))
     features = datasets.vectors_to_arrow(rng.normal(size=(num_items, 6)).astype(np.float32))
     described = [("text", 0, 4), ("missing", 4, 5), ("degree", 5, 6)]
     kinds = [{"name": kind, "kind": kind, "start": start, "stop": stop} for kind, start, stop in described]
@@ -391,6 +399,7 @@ def test_the_stage_reports_what_the_slow_protocol_gives(spark: SparkSession, sto
     assert found["counts"]["candidates"] == pytest.approx(np.mean([30 - len(seen) for _, _, seen in users]))
     assert [len(example["neighbours"]) for example in metrics["examples"]] == [8, 8, 8]
     assert b"<b>item" not in page
+    assert b"users with at least so many items" in page
     again = evaluate(spark, storage, settings)
     assert again[1:] == (numbers, page)
 

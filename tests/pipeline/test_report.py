@@ -21,6 +21,17 @@ def value(mean: float) -> dict[str, float | None]:
     return {"mean": mean, "low": mean - 0.01, "high": mean + 0.02}
 
 
+def degrees_of(side: str, nodes: int) -> dict[str, Any]:
+    """A power law whose upper end the limits cut off, of users."""
+    before = [[0, 30], *([2**k, max(1, nodes // 3**k)] for k in range(9 if side == "items" else 7))]
+    after = before[:5] if side == "users" else before
+    numbers = {"mean": 21.25, "median": 8, "p99": 180, "without_edges": 30, "max": 200}
+    return {
+        "removed": {"above_limit": 1234 if side == "users" else 0, "below_minimum": 0},
+        "degrees": {"before": {**numbers, "histogram": before}, "after": {**numbers, "max": 16, "histogram": after}},
+    }
+
+
 def make_metrics(**changes: Any) -> dict[str, Any]:
     names = ["mrr", *(f"{name}@{k}" for k in (10, 50) for name in ("hit_rate", "recall", "ndcg"))]
     counts = {"queries": 900, "targets": 1000, "users": 500, "candidates": 4000.5}
@@ -79,6 +90,7 @@ def make_metrics(**changes: Any) -> dict[str, Any]:
             "num_vectors": 4707,
             "nlist": 64,
         },
+        "graph": {"users": degrees_of("users", 39_516), "items": degrees_of("items", 4707)},
         "training": [{"epoch": e, "loss": 1 / e, "pairs": 10} for e in (1, 2, 3)],
         "settings": {"task.evaluation": {"k": [10, 50]}, "task.name": EVIL},
         "lineage": {"fingerprint": "ab" * 32, "inputs": {"items": "cd" * 32}, "code": "0.1.0"},
@@ -153,14 +165,16 @@ def test_the_page_shows_every_method_slice_and_number() -> None:
         "0.750",
         "4,707",
         "nprobe 4",
+        "1,234 above the limit",
+        "200 → 16",
     ):
         assert text in page.text
     assert "no user has both training history and test events" in page.text
-    assert sum(tag == "svg" for tag, _ in page.tags) == 4
+    assert sum(tag == "svg" for tag, _ in page.tags) == 6
 
 
 def test_a_sparse_run_still_has_a_page() -> None:
-    metrics = make_metrics(training=None, examples=[])
+    metrics = make_metrics(training=None, examples=[], graph={})
     metrics["index"] |= {"curve": [{"width": 0, "recall": 1.0, "compared": 4707.0}], "search": {}}
     metrics["tasks"]["item_to_item"] |= {"slices": {}, "num_ranked": 0}
     page = Page(report.render(metrics))
@@ -201,6 +215,22 @@ def test_ticks_are_round_and_cover_the_range() -> None:
         ticks = report.nice_ticks(low, high)
         assert 2 <= len(ticks) <= 7
         assert ticks[0] <= low <= high <= ticks[-1]
+
+
+def test_a_degree_curve_counts_the_nodes_of_at_least_that_degree() -> None:
+    """By hand: 5 without edges, 100 of degree 1, 9 of 2 to 9, 1 of 10 or more."""
+    points = report.reached([[0, 5], [1, 100], [2, 9], [10, 1]])
+    assert points == [(1.0, 110.0), (2.0, 10.0), (10.0, 1.0)]
+    page = Page(report.log_curves([points, points[:2]], "items, at least", "users"))
+    before, after = ((a["class"], a["points"] or "") for tag, a in page.tags if tag == "polyline")
+    assert (before[0], after[0]) == ("curve former", "curve")
+    assert before[1].startswith(after[1])
+    heights = [float(point.split(",")[1]) for point in before[1].split()]
+    assert heights[2] == pytest.approx(180), "1 is on the axis"
+    assert heights[2] - heights[1] == pytest.approx(56), "10 is a third of the way to 1000"
+    for word in ("1", "10", "100", "1k"):
+        assert word in page.text
+    assert report.log_curves([[], []], "x", "y")
 
 
 @pytest.mark.parametrize("count", [1, 2])
