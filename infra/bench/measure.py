@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -22,6 +22,13 @@ from pipeline.walk_kernel import BipartiteGraph
 
 Found = tuple[NDArray[np.uint32], NDArray[Any], NDArray[np.int64]]  # ids and scores [B, T], lengths [B]
 LANES = 16  # queries that power iteration carries together
+
+
+class Seconds(NamedTuple):
+    """Of each round: by the clock, and of the processor, all threads together."""
+
+    wall: NDArray[np.float64]
+    processor: NDArray[np.float64]
 
 
 def machine() -> dict[str, Any]:
@@ -63,20 +70,21 @@ def _version(package: str) -> str | None:
         return None
 
 
-def alternate(cases: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every case in every round, all cases in turn, after one call of each that is not counted.
+def alternate(cases: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Seconds]:
+    """Times of every case in every round, all cases in turn, after one call of each that is not counted.
 
-    On a shared machine a neighbour's load then falls on all alike: compare medians, or ratios within a round.
+    On a shared machine a neighbour's load then falls on all alike: compare medians, or ratios within a round. What runs
+    on one core is told best by the processor's time, which does not pass while another process has the core.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
     for case in cases.values():
         case()
     for _ in range(rounds):
         for name, case in cases.items():
-            started = time.perf_counter()
+            wall, processor = time.perf_counter(), time.process_time()
             case()
-            seconds[name].append(time.perf_counter() - started)
-    return seconds
+            times[name].append((time.perf_counter() - wall, time.process_time() - processor))
+    return {name: Seconds(*np.array(values).T) for name, values in times.items()}
 
 
 def in_threads(work: Callable[[NDArray[Any]], Any], items: NDArray[Any], threads: int) -> list[Any]:

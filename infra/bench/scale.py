@@ -33,6 +33,8 @@ DATASETS = {
     "walks": ("neighbours",),
 }
 
+_TICKS = os.sysconf("SC_CLK_TCK")
+
 
 def settings(data: Path, run: Path, cache: Path, cores: int, rows: int, events: int, given: list[str]) -> Path:
     """Write the settings file of the run and return its path; nearly all events are kept for training."""
@@ -77,35 +79,39 @@ def settings(data: Path, run: Path, cache: Path, cores: int, rows: int, events: 
 
 def measured(command: list[str], folders: list[Path]) -> dict[str, float]:
     """Run a command: wall and core seconds, the process tree's peak memory, and the folders' peak size, in GiB."""
-    started, before = time.monotonic(), os.times()
+    started = time.monotonic()
     process = subprocess.Popen(command)
     peak = {"memory_gib": 0.0, "private_gib": 0.0, "disk_gib": 0.0}
     looked = 0.0
+    used: dict[str, float] = {}
     while process.poll() is None:
-        total, private = tree_memory(process.pid)
+        total, private = tree_usage(process.pid, used)
         peak["memory_gib"] = max(peak["memory_gib"], total / 2**30)
         peak["private_gib"] = max(peak["private_gib"], private / 2**30)
         if time.monotonic() - looked > 5:
             looked = time.monotonic()
             peak["disk_gib"] = max(peak["disk_gib"], sum(map(folder_bytes, folders)) / 2**30)
         time.sleep(0.5)
-    after = os.times()
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with exit code {process.returncode}")
-    used = after.children_user + after.children_system - before.children_user - before.children_system
-    return {"seconds": time.monotonic() - started, "core_seconds": used, **peak}
+    return {"seconds": time.monotonic() - started, "core_seconds": sum(used.values()), **peak}
 
 
-def tree_memory(root: int) -> tuple[int, int]:
-    """Bytes of the process and all below it: every page by its proportional share, and the anonymous part of that."""
+def tree_usage(root: int, used: dict[str, float]) -> tuple[int, int]:
+    """Bytes of the process and all below it: every page by its proportional share, and the anonymous part of that.
+
+    Notes in `used` the core seconds that each process has used so far.
+    """
     children: dict[int, list[int]] = {}
+    seconds: dict[int, tuple[str, float]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except (OSError, IndexError, ValueError):
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
                 continue
-            children.setdefault(parent, []).append(int(entry.name))
+            children.setdefault(int(fields[1]), []).append(int(entry.name))
+            seconds[int(entry.name)] = (f"{entry.name} {fields[19]}", (int(fields[11]) + int(fields[12])) / _TICKS)
     total = private = 0
     waiting = [root]
     while waiting:
@@ -118,6 +124,9 @@ def tree_memory(root: int) -> tuple[int, int]:
         sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines[1:] if line.endswith("kB")}
         total += sizes.get("Pss", 0)
         private += sizes.get("Pss_Anon", 0)
+        if process in seconds:
+            name, spent = seconds[process]
+            used[name] = spent
     return total, private
 
 

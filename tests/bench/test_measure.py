@@ -60,7 +60,11 @@ def test_cases_take_turns_after_a_call_that_is_not_counted() -> None:
     calls: list[str] = []
     seconds = alternate({"a": partial(calls.append, "a"), "b": partial(calls.append, "b")}, 2)
     assert "".join(calls) == "ababab"
-    assert [len(values) for values in seconds.values()] == [2, 2]
+    assert (
+        [len(times.wall) for times in seconds.values()]
+        == [len(times.processor) for times in seconds.values()]
+        == [2, 2]
+    )
 
 
 def test_threads_share_the_items_in_order() -> None:
