@@ -145,14 +145,33 @@ def _mix(value: Any) -> Any:
     return value ^ (value >> np.uint64(31))
 
 
-@numba.njit(cache=True, inline="always")
+@numba.njit(cache=True)
 def share_at(point: Any, start: Any, degree: Any, shares: Any) -> Any:
-    """The row's first edge whose running share reaches point (32 bits), without a branch to mispredict."""
-    while degree > 1:
-        half = degree >> 1
-        start += half if np.int64(shares[start + half - 1]) < point else 0
-        degree -= half
-    return start
+    """The row's first edge whose running share reaches point (32 bits).
+
+    Looks first where it would be if all weighed the same, then ever further away: rows are in no order of weight.
+    """
+    low, high = start, start + degree - 1  # the edge is in low ... high
+    guess, stride = start + ((point * degree) >> 32), 1
+    if np.int64(shares[guess]) < point:
+        low = guess + 1
+        while low + stride < high and np.int64(shares[low + stride]) < point:
+            low += stride + 1
+            stride *= 2
+        high = min(high, low + stride)
+    else:
+        high = guess
+        while high - stride >= low and np.int64(shares[high - stride]) >= point:
+            high -= stride
+            stride *= 2
+        low = max(low, high - stride)
+    while low < high:
+        middle = (low + high) >> 1
+        if np.int64(shares[middle]) < point:
+            low = middle + 1
+        else:
+            high = middle
+    return low
 
 
 @numba.njit(cache=True, inline="always")
@@ -171,7 +190,7 @@ def _walk_block(graph: Any, items: Any, per_hop: Any, seed: Any, bits: Any, edge
     reads. bits uint64 and edges int64 are [items, walks]: a hop's random bits, and where the walks are.
     """
     indptr, users, user_indptr, user_items = graph.item_indptr, graph.item_users, graph.user_indptr, graph.user_items
-    weighted = len(graph.item_shares) > 0
+    weighted, none = len(graph.item_shares) > 0, graph.item_shares[:0]
     low, half, golden, one = np.int64(LOW_32), np.uint64(32), np.uint64(_GOLDEN), np.uint64(1)
     before, now = 0, 0
     for hop in range(len(per_hop)):
@@ -190,6 +209,12 @@ def _walk_block(graph: Any, items: Any, per_hop: Any, seed: Any, bits: Any, edge
                     point = (offset + walk * GOLDEN_32) & low
                     edges[row, walk] = _pick(point, start, degree, graph.item_shares, weighted)
             else:
+                if weighted:
+                    for walk in range(alive):
+                        here = np.uint64(visits[row, before + walk])
+                        start = indptr[here]
+                        place = _pick(np.int64(bits[row, walk] >> half), start, indptr[here + one] - start, none, False)
+                        prefetch(graph.item_shares, place)
                 for walk in range(alive):
                     here = np.uint64(visits[row, before + walk])
                     start = indptr[here]
@@ -201,6 +226,12 @@ def _walk_block(graph: Any, items: Any, per_hop: Any, seed: Any, bits: Any, edge
                 edges[row, walk] = users[np.uint64(edges[row, walk])]
                 prefetch(user_indptr, edges[row, walk])
         for row in range(len(items)):
+            if weighted:
+                for walk in range(alive):
+                    user = np.uint64(edges[row, walk])
+                    start = user_indptr[user]
+                    place = _pick(np.int64(bits[row, walk]) & low, start, user_indptr[user + one] - start, none, False)
+                    prefetch(graph.user_shares, place)
             for walk in range(alive):
                 user = np.uint64(edges[row, walk])
                 start = user_indptr[user]
