@@ -112,14 +112,19 @@ def plan(spark: SparkSession, storage: Storage, settings: Settings) -> Maker:
     num_users, num_items = (open_manifest(storage, d).num_rows for d in (schemas.USERS, schemas.ITEMS))
     rows_per_shard, num_shards = settings.resources.rows_per_shard, max(1, len(interactions.shards))
     limits = settings.task.graph
-    day = 1 if settings.task.data.interactions.timestamp_unit == "order" else _DAY
     return Maker(
         storage, interactions, _user_spans(spark, storage, interactions), limits, settings.task.seed,
-        decay=1 / (limits.half_life_days * day) if limits.half_life_days else 0.0,
-        num_users=num_users, num_items=num_items,
+        decay=decay(settings), num_users=num_users, num_items=num_items,
         num_parts=num_shards * -(-count_shards(num_users, _EMPTY_ROWS * rows_per_shard) // num_shards),
         num_item_shards=count_shards(num_items, rows_per_shard),
     )  # fmt: skip
+
+
+def decay(settings: Settings) -> float:
+    """How often a weight halves in a unit of the timestamps; 0: never."""
+    half_life = settings.task.graph.half_life_days
+    day = 1 if settings.task.data.interactions.timestamp_unit == "order" else _DAY
+    return 1 / (half_life * day) if half_life else 0.0
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,8 @@ class Graph(Section):
     """Step along an edge in proportion to its events' weights (interactions.weight or event_weights); false: every
     distinct user and item are one edge like any other."""
     half_life_days: Annotated[float, Field(gt=0.0)] | None = None
-    """An event's weight halves in this time before the latest training event; the graph is then weighted. None: no."""
+    """An event's weight halves in this time before the latest training event; the graph is then weighted. None: no.
+    Where timestamps are only an order, a step counts as a day."""
     max_user_degree: Count = 5000
     """A user with more distinct items keeps this many: hubs cost much and say little. 0: no limit."""
     max_item_degree: Count = 0
@@ -208,10 +209,13 @@ class Walks(Section):
     """T: the heaviest items kept for each item (paper: 50)."""
     restart_probability: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
     """Chance that a walk ends after each hop."""
-    entry_budget: PositiveInt = 2048
+    entry_budget: PositiveInt = 8192
     """exact: list entries read per item; users with long lists share what short ones leave, and are sampled."""
-    compose_rows: Count = 16
-    """exact: the rows of this many nearest items are added for the second hop. 0: the first hop alone."""
+    compose: Literal["short", "all", "none"] = "short"
+    """exact: for which items a second hop is added: those whose first reaches fewer than num_neighbours items, all of
+    them (costs twice as much and changes little), or none."""
+    compose_rows: PositiveInt = 16
+    """exact: the second hop is made of the first hops of this many nearest items."""
     num_walks: PositiveInt = 1000
     """walks: walks from each item (not published)."""
     max_hops: PositiveInt = 3

@@ -216,7 +216,7 @@ GRAPH = Stage(
     "graph",
     (INTERACTIONS, USERS, ITEMS),
     (ITEM_USERS, USER_ITEMS),
-    ("task.seed", "task.graph", "resources.rows_per_shard"),
+    ("task.seed", "task.graph", "task.data.interactions.timestamp_unit", "resources.rows_per_shard"),
     "training interactions to compressed rows, both directions",
 )
 FEATURES_STAGE = Stage(

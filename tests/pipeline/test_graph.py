@@ -277,6 +277,15 @@ def test_a_half_life_of_seconds_leaves_rows_that_end_years_ago(spark: SparkSessi
     assert weights_of(storage, schemas.ITEM_USERS) == [{0: 1.0}, {0: 1.0}, {0: 1.0}, {1: 1.0}]
 
 
+def test_where_time_is_only_an_order_a_half_life_counts_steps(storage: Storage) -> None:
+    data = {"interactions": {"paths": "x", "user": "u", "item": "i", "timestamp": "t", "timestamp_unit": "order"}}
+    task = {"data": data, "split": {"kind": "leave_last_out", "validation": 1, "test": 1}}
+    settings = parse_settings({"task": {**task, "graph": {"half_life_days": 4.0}}, "resources": {"run": storage.url}})
+    assert graph.decay(settings) == 0.25
+    assert graph.decay(make_settings(storage, half_life_days=2.0)) == 0.5 / DAY
+    assert graph.decay(make_settings(storage)) == 0.0
+
+
 # ------------------------------------------------------------------------------------------------ bad input
 
 
