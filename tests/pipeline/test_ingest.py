@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as csv
 import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import SparkSession
 
-from pipeline import event_kernel, ingest
+from pipeline import ingest, keys, steps
+from pipeline import spark as spark_module
 from pipeline.contracts import schemas
 from pipeline.contracts.config import Settings, parse_settings
-from pipeline.contracts.datasets import Manifest, open_manifest, read_table, trace
+from pipeline.contracts.datasets import Manifest, find_manifest, open_manifest, read_table, trace
 from pipeline.contracts.errors import DataError
 from pipeline.contracts.storage import Storage
 from tests.synthetic import shop_settings, write_shop
@@ -48,15 +52,218 @@ def test_every_event_is_stored_once_under_its_keys(spark: SparkSession, storage:
     assert sorted(items) == sorted(pq.read_table(tmp_path / "data" / "items.parquet").column("product").to_pylist())
 
 
-def test_shuffle_partitions_change_no_byte(spark: SparkSession, storage: Storage, tmp_path: Path) -> None:
-    settings = parse_settings(shop(tmp_path, storage))
+@pytest.mark.parametrize("kind", ["temporal", "random"])
+def test_neither_row_groups_nor_ranges_of_hashes_change_a_byte(
+    spark: SparkSession, storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The same rows in one piece, in three and in seven; keys sorted in 1, 8 and 32 ranges."""
+    settings = parse_settings(shop(tmp_path, storage, split={"kind": kind, "validation": 0.1, "test": 0.2}))
     contents = []
-    for partitions in ("1", "3", "7"):
-        spark.conf.set("spark.sql.shuffle.partitions", partitions)
+    for group_rows, range_rows in ((1000, 10**6), (480, 60), (60, 15)):
+        monkeypatch.setattr(keys, "RANGE_ROWS", range_rows)
+        for file, rows in (("interactions", group_rows), ("items", group_rows // 10)):
+            path = tmp_path / "data" / f"{file}.parquet"
+            pq.write_table(pq.read_table(path), path, row_group_size=rows)
         ingested(spark, storage, settings)
         contents.append([open_manifest(storage, dataset).content for dataset in schemas.INGEST.writes])
-    spark.conf.set("spark.sql.shuffle.partitions", "3")
     assert contents[0] == contents[1] == contents[2]
+
+
+def test_the_size_of_shards_changes_no_row(spark: SparkSession, storage: Storage, tmp_path: Path) -> None:
+    tree = shop(tmp_path, storage)
+    tables = []
+    for size in (1000, 120, 50):
+        tree["resources"] |= {"events_per_shard": size, "rows_per_shard": max(7, size // 10)}
+        ingested(spark, storage, parse_settings(tree))
+        stored = [open_manifest(storage, dataset) for dataset in schemas.INGEST.writes[:4]]
+        tables.append([read_table(storage, manifest) for manifest in stored])
+    assert len(stored[0].shards) == 8
+    assert tables[0] == tables[1] == tables[2]
+
+
+def test_degrees_and_first_sights_are_those_of_the_training_period(
+    spark: SparkSession, storage: Storage, tmp_path: Path
+) -> None:
+    tree = shop(tmp_path, storage)
+    path = tmp_path / "data" / "interactions.parquet"
+    table = pq.read_table(path)
+    pq.write_table(pa.concat_tables([table, table.slice(0, 100)]), path)  # edges that occur twice
+    tree["resources"]["events_per_shard"] = 100
+    stored = read_table(storage, ingested(spark, storage, parse_settings(tree))).to_pandas()
+    training = stored[stored["split"] == 0]
+    for dataset, side, other in ((schemas.USERS, "user_id", "item_id"), (schemas.ITEMS, "item_id", "user_id")):
+        nodes = read_table(storage, open_manifest(storage, dataset)).to_pandas()
+        assert nodes["id"].tolist() == list(range(len(nodes)))
+        groups = training.groupby(side)
+        expected = groups[other].nunique().reindex(nodes["id"], fill_value=0)
+        assert nodes["degree"].tolist() == expected.tolist()
+        assert nodes["first_seen"].tolist() == groups["timestamp"].min().reindex(nodes["id"], fill_value=-1).tolist()
+
+
+def test_events_of_one_user_and_moment_stay_in_the_order_of_the_input(
+    spark: SparkSession, storage: Storage, tmp_path: Path
+) -> None:
+    tree = shop(tmp_path, storage, split={"kind": "leave_last_out", "validation": 1, "test": 1})
+    tree["task"]["data"] |= {"items": None}
+    rows: dict[str, list[Any]] = {
+        "basket": ["b", "a"] * 50,
+        "product": [f"p{number:02d}" for number in range(100)],
+        "when": [5] * 100,
+    }
+    pq.write_table(pa.table(rows), tmp_path / "data" / "interactions.parquet", row_group_size=30)
+    stored = read_table(storage, ingested(spark, storage, parse_settings(tree))).to_pydict()
+    users, items = keys_of(storage, schemas.USERS), keys_of(storage, schemas.ITEMS)
+    for name, products in (("a", rows["product"][1::2]), ("b", rows["product"][::2])):
+        own = [place for place, user in enumerate(stored["user_id"]) if users[user] == name]
+        assert [items[stored["item_id"][place]] for place in own] == products
+        assert [stored["split"][place] for place in own] == [0] * 48 + [1, 2]
+
+
+def whole_keys(tmp_path: Path, layout: str) -> list[str]:
+    """The shop's data with numbers as keys, stored as integers, as text, or as both; the files' names."""
+    folder = tmp_path / layout
+    folder.mkdir()
+    for file, columns in (("interactions", ("basket", "product")), ("items", ("product",))):
+        table = pq.read_table(tmp_path / "data" / f"{file}.parquet")
+        for name in columns:
+            numbers = [zlib.crc32(key.encode()) - 2**31 for key in table[name].to_pylist()]
+            values = pa.array(numbers, pa.int64())
+            place = table.schema.get_field_index(name)
+            table = table.set_column(place, name, values if layout != "text" else values.cast(pa.string()))
+        if layout == "both" and file == "interactions":
+            pq.write_table(table.slice(0, 200), folder / "interactions.parquet")
+            csv.write_csv(table.slice(200), folder / "more.csv")
+        else:
+            pq.write_table(table, folder / f"{file}.parquet")
+    return [str(folder / name) for name in ("interactions.parquet", *(["more.csv"] if layout == "both" else []))]
+
+
+def test_keys_mean_the_same_whether_files_hold_integers_or_text(
+    spark: SparkSession, storage: Storage, tmp_path: Path
+) -> None:
+    """Integers are hashed as such where all files have them, so their ids are others; the keys are the same."""
+    tree, found = shop(tmp_path, storage), []
+    for layout in ("integers", "text", "both"):
+        tree["task"]["data"]["interactions"]["paths"] = whole_keys(tmp_path, layout)
+        tree["task"]["data"]["items"]["paths"] = str(tmp_path / layout / "items.parquet")
+        stored = read_table(storage, ingested(spark, storage, parse_settings(tree))).to_pydict()
+        assert open_manifest(storage, schemas.ITEMS).metadata["integer_keys"] == (layout == "integers")
+        users, items = keys_of(storage, schemas.USERS), keys_of(storage, schemas.ITEMS)
+        columns = [stored[name] for name in ("user_id", "item_id", "timestamp", "split")]
+        events = {(users[u], items[i], when, split) for u, i, when, split in zip(*columns, strict=True)}
+        nodes = read_table(storage, open_manifest(storage, schemas.ITEMS)).drop_columns(["id"]).to_pylist()
+        found.append((events, sorted(nodes, key=lambda node: node["key"])))
+    assert found[0] == found[1] == found[2]
+    assert len(found[0][0]) == 360
+
+
+def test_integer_ids_are_kept_when_the_next_night_has_text(
+    spark: SparkSession, storage: Storage, tmp_path: Path
+) -> None:
+    """Three nights: integers, integers with new keys, text."""
+    tree = shop(tmp_path, storage)
+    tree["task"]["data"]["items"] = None
+    path, before = tmp_path / "data" / "interactions.parquet", list[str]()
+    for night, (last, kind) in enumerate(((50, pa.int64()), (80, pa.int64()), (90, pa.string()))):
+        numbers = pa.array(range(last))
+        rows = {"basket": pc.divide(numbers, 4).cast(kind), "product": numbers.cast(kind), "when": numbers}
+        pq.write_table(pa.table(rows), path)
+        tonight = Storage(str(tmp_path / f"night-{night}"))
+        tree["resources"]["run"] = tonight.url
+        ingested(spark, tonight, parse_settings(tree))
+        after = keys_of(tonight, schemas.ITEMS)
+        assert after[: len(before)] == before
+        assert sorted(map(int, after)) == list(range(last))
+        manifest = open_manifest(tonight, schemas.ITEMS)
+        assert manifest.metadata == {"new": last - len(before), "integer_keys": night < 2}
+        tree["task"]["data"]["previous"], before = tonight.url, after
+
+
+def test_of_a_repeated_catalogue_key_the_first_row_counts(
+    spark: SparkSession, storage: Storage, tmp_path: Path
+) -> None:
+    tree = shop(tmp_path, storage)
+    path = tmp_path / "data" / "items.parquet"
+    catalogue = pq.read_table(path)
+    again = catalogue.slice(3, 2).set_column(1, "name", pa.array(["another", "one"]))
+    pq.write_table(pa.concat_tables([catalogue, again, again]), path, row_group_size=10)
+    tree["task"]["data"]["max_quarantined_share"] = 0.1
+    manifest = ingested(spark, storage, parse_settings(tree))
+    assert manifest.metadata["bad_items"] == 4
+    titles = dict(zip(catalogue["product"].to_pylist(), catalogue["name"].to_pylist(), strict=True))
+    stored = read_table(storage, open_manifest(storage, schemas.ITEMS)).to_pylist()
+    assert {row["key"]: row["title"] for row in stored} == titles
+    content = read_table(storage, open_manifest(storage, schemas.CONTENT)).to_pylist()
+    assert [row["content_name"] for row in content] == [row["title"] for row in stored]
+    bad = read_table(storage, open_manifest(storage, schemas.QUARANTINE)).to_pylist()
+    assert [row["row"] for row in bad] == [73, 74, 75, 76]
+    assert all("is already in row" in row["reason"] for row in bad)
+
+
+def test_killed_after_any_step_a_run_goes_on_and_ends_with_the_same_bytes(
+    spark: SparkSession, storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every attempt is cut short at the next step: first before its outputs are committed, then after."""
+    tree = shop(tmp_path, storage)
+    tree["resources"]["events_per_shard"] = 100
+    settings = parse_settings(tree)
+    ingested(spark, storage, settings)
+    whole = [open_manifest(storage, dataset).content for dataset in schemas.INGEST.writes]
+    storage = Storage(str(tmp_path / "again"))
+    work_through, begun, attempts = spark_module.run_tasks, list[str](), 0
+
+    def run_tasks(spark: SparkSession, tasks: Any, work: Any, label: str) -> Any:
+        done = work_through(spark, tasks, work, label)
+        if label not in begun:
+            begun.append(label)
+            raise KeyboardInterrupt
+        return done
+
+    def run_step(*arguments: Any) -> Any:
+        reports, name = steps.run_step(*arguments), arguments[3]
+        if name not in begun:
+            begun.append(name)
+            raise KeyboardInterrupt
+        return reports
+
+    monkeypatch.setattr(steps, "run_tasks", run_tasks)
+    monkeypatch.setattr(ingest, "run_step", run_step)
+    while True:
+        attempts += 1
+        try:
+            ingested(spark, storage, settings)
+            break
+        except KeyboardInterrupt:
+            continue
+    assert attempts == len(begun) + 1 == 2 * 12 + 1
+    assert [open_manifest(storage, dataset).content for dataset in schemas.INGEST.writes] == whole
+    assert "ingest" not in storage.names("")
+
+
+def test_a_file_that_changes_between_its_two_readings_is_an_error(
+    spark: SparkSession, storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = shop(tmp_path, storage)
+    path = tmp_path / "data" / "interactions.parquet"
+    raw, place = pq.read_table(path), ingest._place
+
+    for changed in (raw.slice(0, 100), raw.set_column(1, "product", pa.array(["g0-00"] * len(raw)))):
+
+        def spoil(*arguments: Any, rows: pa.Table = changed) -> None:
+            place(*arguments)
+            pq.write_table(rows, path)
+
+        monkeypatch.setattr(ingest, "_place", spoil)
+        with pytest.raises(DataError, match="changed while it was being read"):
+            ingested(spark, storage, parse_settings(tree))
+        assert find_manifest(storage, schemas.INTERACTIONS) is None
+        pq.write_table(raw, path)
+
+
+def test_more_ids_than_32_bits_hold_are_refused() -> None:
+    ingest.check_ids(2**32, schemas.ITEMS)
+    with pytest.raises(DataError, match=r"4,294,967,297 items: ids are 32-bit(?s:.*)at most 4,294,967,296 fit"):
+        ingest.check_ids(2**32 + 1, schemas.ITEMS)
 
 
 def test_a_temporal_split_is_one_moment_for_everybody(spark: SparkSession, storage: Storage, tmp_path: Path) -> None:
@@ -171,15 +378,6 @@ def test_a_bad_night_leaves_the_former_datasets_standing(spark: SparkSession, st
     with pytest.raises(DataError, match="when"):
         ingested(spark, storage, parse_settings(tree))
     assert open_manifest(storage, schemas.INTERACTIONS).content == before.content
-
-
-def test_a_split_of_coarsely_dated_events_comes_as_close_as_it_can() -> None:
-    """By hand: 60, 25 and 15 of 100 events in three years."""
-    years, counts = [2000, 2001, 2002], np.array([60, 25, 15])
-    assert event_kernel.closest_moment(years, counts, 0.1) == 2002
-    assert event_kernel.closest_moment(years, counts, 0.35) == 2001
-    assert event_kernel.closest_moment(years, counts, 0.9) == 2001, "the first year is always learned from"
-    assert event_kernel.closest_moment(years, counts, 0.001) == 2002, "the last is always measured on"
 
 
 def test_interactions_of_one_moment_cannot_be_split_by_time(
