@@ -39,7 +39,7 @@ _TUNED = {
     "task.split": "kind validation test",
     "task.graph": "weighted half_life_days max_user_degree",
     "task.features": "text_encoder text_dimensions categories",
-    "task.walks": "estimator num_neighbours restart_probability entry_budget compose_rows",
+    "task.walks": "estimator num_neighbours restart_probability entry_budget compose",
     "task.pairs": "window max_gap_seconds num_hard_negatives",
     "task.model": "num_layers hidden_dimensions output_dimensions",
     "task.training": "loss margin epochs batch_size learning_rate",

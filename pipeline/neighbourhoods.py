@@ -27,6 +27,7 @@ from pipeline.contracts.config import Resources, Settings
 from pipeline.contracts.datasets import (
     Lineage,
     Manifest,
+    arrow_to_lists,
     begin,
     commit,
     finished_manifest,
@@ -34,7 +35,7 @@ from pipeline.contracts.datasets import (
     open_manifest,
     read_shard,
 )
-from pipeline.contracts.replica import default_cache, forget, map_lists, map_values
+from pipeline.contracts.replica import default_cache, forget, map_lists, map_values, padded
 from pipeline.contracts.schemas import Dataset
 from pipeline.contracts.sharding import shard_bounds, shard_of
 from pipeline.contracts.storage import Storage
@@ -166,6 +167,51 @@ class Neighbourhoods:
         label = f"{self._lineage.stage}: first hop"
         return self._store(self.scratch("rows"), self.num_shards, make, label, {})
 
+    def nearest(self, top: int) -> Callable[[int], Callable[[NDArray[np.int64]], Found]]:
+        """Of a shard: a function of some of its items that finds their top neighbours, composed as the settings say."""
+        walks, restart = self._walks, self._walks.restart_probability
+        if walks.compose == "none":
+            first = self.first_hop()
+            return lambda shard: partial(_swapped, first(shard), top)
+        if walks.compose == "all":
+            adding = self.composed(self.store_rows(top), walks.compose_rows, top)
+            return lambda shard: lambda items: adding(shard)(items, top, None)
+        if self._replicated:
+            storage, cache, budget = self._storage, self._cache, walks.entry_budget
+
+            def fill(_: int) -> Callable[[NDArray[np.int64]], Found]:
+                graph = BipartiteGraph.open(storage, cache)
+
+                def find(items: NDArray[np.int64]) -> Found:
+                    found = rounded(exact_neighbours(graph, items, top, budget))
+                    short = short_rows(found)
+                    own = taken(found, short)
+                    others = np.unique(own[0][:, : walks.compose_rows]).astype(np.int64)
+                    rows = as_rows(others, exact_neighbours(graph, others, top, budget))
+                    return replaced(found, short, compose(
+                        rows, items[short], walks.compose_rows, top, restart, top, item_indptr=graph.item_indptr,
+                        own=own,
+                    ))  # fmt: skip
+
+                return find
+
+            return fill
+        rows, storage = self.store_rows(top), self._storage
+        adding = self.composed(rows, walks.compose_rows, top, top)
+
+        def refill(shard: int) -> Callable[[NDArray[np.int64]], Found]:
+            table, compose_own = read_shard(storage, rows, shard), adding(shard)
+            known = table.column("id").to_numpy()
+
+            def find(items: NDArray[np.int64]) -> Found:
+                found = as_found(table.take(np.searchsorted(known, items)), top)
+                short = short_rows(found)
+                return replaced(found, short, compose_own(items[short], top, taken(found, short)))
+
+            return find
+
+        return refill
+
     def first_hop(self) -> Callable[[int], Near]:
         """Of a shard: a function of some of its items and T that reads their first hop; ships users' lists first."""
         storage, cache, budget = self._storage, self._cache, self._walks.entry_budget
@@ -202,8 +248,13 @@ class Neighbourhoods:
 
         return own
 
-    def composed(self, rows: Manifest, num_rows: int, width: int) -> Callable[[int], Composed]:
-        """Of a shard: a function of some of its items, T and their own rows (None: those of `rows`) that adds a hop."""
+    def composed(
+        self, rows: Manifest, num_rows: int, width: int, shorter_than: int | None = None
+    ) -> Callable[[int], Composed]:
+        """Of a shard: a function of some of its items, T and their own rows (None: those of `rows`) that adds a hop.
+
+        shorter_than: only items whose rows are will be asked for.
+        """
         storage, cache, restart = self._storage, self._cache, self._walks.restart_probability
         if self._replicated:
 
@@ -218,7 +269,7 @@ class Neighbourhoods:
         ranks = self._ranks()
         lists = ship(
             self._spark, storage, self._lineage, self.scratch("shipped-rows"), rows, _ROW_LISTS, self.owner(),
-            self.num_shards, lambda shard: wanted_rows(read_shard(storage, rows, shard), num_rows, width),
+            self.num_shards, lambda shard: wanted_rows(read_shard(storage, rows, shard), num_rows, width, shorter_than),
             f"{self._lineage.stage}: rows",
         )  # fmt: skip
 
@@ -308,6 +359,52 @@ def blocks(items: NDArray[np.int64], size: int = _BLOCK) -> Iterator[NDArray[np.
 
 def _consecutive(num_items: int, num_shards: int, shard: int) -> NDArray[np.int64]:
     return np.arange(*shard_bounds(num_items, num_shards, shard))
+
+
+def short_rows(found: Found) -> NDArray[np.int64]:
+    """The places of rows that have some neighbours, but fewer than there is room for."""
+    return np.flatnonzero((found[2] > 0) & (found[2] < found[0].shape[1]))
+
+
+def taken(found: Found, places: NDArray[np.int64]) -> Found:
+    """The rows at some places."""
+    return found[0][places], found[1][places], found[2][places]
+
+
+def replaced(found: Found, places: NDArray[np.int64], others: Found) -> Found:
+    """The rows with others at some places."""
+    found[0][places], found[1][places], found[2][places] = others
+    return found
+
+
+def rounded(found: Found) -> Found:
+    """Scores as rows keep them, as float32 shares of an item's mass: both strategies then compose the same numbers."""
+    shares = (found[1] * (1 / ONE)).astype(np.float32)
+    return found[0], np.round(shares.astype(np.float64) * ONE).astype(np.int64), found[2]
+
+
+def as_rows(items: NDArray[np.int64], found: Found) -> Rows:
+    """Found rows as a table for compose, weights as shares of an item's mass."""
+    ids, scores, lengths = found
+    kept = np.arange(ids.shape[1]) < lengths[:, None]
+    weights = (scores[kept] * (1 / ONE)).astype(np.float32)
+    return Rows(np.concatenate([[0], np.cumsum(lengths)]), ids[kept], weights, items.astype(np.uint32))
+
+
+def as_found(rows: pa.Table, width: int) -> Found:
+    """Stored rows, whose weights are shares of an item's mass, as they were found."""
+    indptr, ids = arrow_to_lists(rows.column("neighbours"))
+    scores = np.round(arrow_to_lists(rows.column("weights"))[1].astype(np.float64) * ONE).astype(np.int64)
+    every = np.arange(rows.num_rows)
+    found_ids, found_scores = (
+        padded(indptr, ids, every, width, np.uint32),
+        padded(indptr, scores, every, width, np.int64),
+    )
+    return found_ids, found_scores, np.diff(indptr)
+
+
+def _swapped(near: Near, width: int, items: NDArray[np.int64]) -> Found:
+    return near(items, width)
 
 
 def neighbour_rows(items: NDArray[np.int64], found: Iterable[Found], unit: float | None = None) -> pa.Table:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pyspark.sql import SparkSession
 
@@ -156,8 +157,10 @@ def shard_rows(storage: Storage, lists: Shipped, shard: int) -> Rows:
     return Rows(indptr, ids, weights, shipped.column("row").to_numpy())
 
 
-def wanted_rows(own: pa.Table, num_rows: int, width: int) -> Wanted:
+def wanted_rows(own: pa.Table, num_rows: int, width: int, shorter_than: int | None) -> Wanted:
     """Which rows, and how much of each, it takes to compose these rows with those of their nearest items."""
+    if shorter_than is not None:
+        own = own.filter(pc.less(pc.list_value_length(own.column("neighbours")), shorter_than))
     indptr, ids = arrow_to_lists(own.column("neighbours"))
     places = np.arange(len(ids)) - np.repeat(indptr[:-1], np.diff(indptr))
     items = own.column("id").to_numpy()

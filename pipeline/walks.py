@@ -1,8 +1,8 @@
 """Every item's nearest items by personalised PageRank, and their weights.
 
 Reads ITEM_USERS and USER_ITEMS; writes NEIGHBOURS. Estimator `exact` reads the first item-user-item hop and adds a
-second by composing rows; `walks` counts the visits of random walks, as the paper. How the graph reaches the tasks, see
-`neighbourhoods`. A task makes one shard; memory: that shard's rows, and with strategy `shuffle` its part of the graph.
+second where that is short; `walks` counts the visits of random walks, as the paper. How the graph reaches the tasks,
+see `neighbourhoods`. A task makes one shard; memory: its rows, and with strategy `shuffle` its part of the graph.
 """
 
 from __future__ import annotations
@@ -31,19 +31,12 @@ def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Line
         def make(shard: int) -> pa.Table:
             return neighbour_rows(consecutive(shard), visited(shard, top))
 
-    elif walks.compose_rows:
-        composed, items_of = near.composed(near.store_rows(top), walks.compose_rows, top), near.items_of()
-
-        def make(shard: int) -> pa.Table:
-            compose, items = composed(shard), items_of(shard)
-            return neighbour_rows(items, (compose(block, top, None) for block in blocks(items)))
-
     else:
-        first_hop, items_of = near.first_hop(), near.items_of()
+        nearest, items_of = near.nearest(top), near.items_of()
 
         def make(shard: int) -> pa.Table:
-            hop, items = first_hop(shard), items_of(shard)
-            return neighbour_rows(items, (hop(block, top) for block in blocks(items)))
+            find, items = nearest(shard), items_of(shard)
+            return neighbour_rows(items, (find(block) for block in blocks(items)))
 
     report = {"items": near.num_items, "num_neighbours": top, "strategy": choice.strategy, "reason": choice.reason}
     near.store(schemas.NEIGHBOURS, make, "walks: top neighbours", report, in_order)

@@ -50,7 +50,7 @@ def settings(data: Path, run: Path, cache: Path, cores: int, rows: int, events: 
                 },
             },
             "split": {"validation": 0.0, "test": 0.0001},
-            "walks": {"num_neighbours": 50, "compose_rows": 0},
+            "walks": {"num_neighbours": 50},
         },
         "resources": {
             "run": str(run),

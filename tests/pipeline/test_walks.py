@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 from numpy.typing import NDArray
 from pyspark.sql import SparkSession
@@ -47,7 +48,7 @@ def settings_for(
 ) -> Settings:
     tree = shop_settings(Path("data"), Path(storage.url))
     tree["task"]["walks"] = {"num_neighbours": 8, "entry_budget": 60, "compose_rows": 4, **task}
-    tree["resources"] |= {"walks": {"strategy": strategy}, **(resources or {})}
+    tree["resources"] |= {"walks": {"strategy": strategy, "cluster_rounds": 1}, **(resources or {})}
     return parse_settings(tree)
 
 
@@ -62,8 +63,14 @@ def neighbours(
     return open_manifest(storage, schemas.NEIGHBOURS)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("task", [{"compose_rows": 0}, {"compose_rows": 4}, {"entry_budget": 10_000}])
+@pytest.mark.parametrize(
+    ("weighted", "task"),
+    [
+        (False, {"compose": "none"}),
+        (True, {"compose": "all"}),
+        (True, {"compose": "short", "num_neighbours": 30, "entry_budget": 10_000}),
+    ],
+)
 def test_exact_rows_are_the_same_whoever_holds_the_graph_and_however_it_is_cut(
     spark: SparkSession, storage: Storage, weighted: bool, task: dict[str, Any]
 ) -> None:
@@ -71,6 +78,15 @@ def test_exact_rows_are_the_same_whoever_holds_the_graph_and_however_it_is_cut(
     graph = compressed(some_adjacency(), weighted)
     whole = read_table(storage, neighbours(spark, storage, graph, 1, "replicate", **task))
     schemas.NEIGHBOURS.check(whole.schema, "rows")
+    if task["compose"] == "short":
+        lengths = pc.list_value_length(whole.column("neighbours")).to_numpy()
+        alone = read_table(storage, neighbours(spark, storage, graph, 1, "replicate", **{**task, "compose": "none"}))
+        before = pc.list_value_length(alone.column("neighbours")).to_numpy()
+        assert (lengths >= before).all()
+        assert (lengths[(before > 0) & (before < 30)] > before[(before > 0) & (before < 30)]).mean() > 0.9
+        assert [whole.slice(int(k), 1) for k in np.flatnonzero(before == 30)] == [
+            alone.slice(int(k), 1) for k in np.flatnonzero(before == 30)
+        ]
     for num_shards, strategy in ((3, "replicate"), (1, "shuffle"), (7, "shuffle")):
         found = neighbours(spark, storage, graph, num_shards, strategy, **task)
         assert len(found.shards) == num_shards
