@@ -204,8 +204,8 @@ def test_a_planted_violation_is_found(tmp_path: Path, name: str, file: str, sour
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("pipeline/walks.py", "from pipeline import walk_kernel\nfrom pipeline.contracts import config\nimport numba"),
-        ("pipeline/pairs.py", "from pipeline.walk_kernel import walk\nfrom pipeline.spark import session"),
+        ("pipeline/walks.py", "from pipeline import neighbourhoods\nfrom pipeline.contracts import config\nimport numba"),
+        ("pipeline/pairs.py", "from pipeline.neighbourhoods import choose\nfrom pipeline.exchange import gather"),
         ("pipeline/walks/__init__.py", "from pipeline.walks.shuffle import run"),
         (
             "pipeline/contracts/storage.py",
