@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -46,8 +51,49 @@ def test_a_cluster_gives_the_bytes_of_a_local_run(tmp_path: Path) -> None:
         assert used == {"worker-0", "worker-1"}, "both workers had executors"
         shipped_copies = list((tmp_path / "cluster").glob("worker-*/app-*/*/pinsage.zip"))
         assert shipped_copies, "the code came to the executors as the package"
+        _walk_by_shuffle_while_an_executor_dies(tmp_path, master, package, settings, shipped)
     assert differences(tmp_path / "run", tmp_path / "cluster-run") == []
     assert not _masters(), "nothing that was started is left"
+
+
+def _walk_by_shuffle_while_an_executor_dies(
+    tmp_path: Path, master: str, package: Path, settings: Path, shipped: dict[str, str]
+) -> None:
+    """Lists are shipped instead of a replicated graph, and one of the two executors is killed: the same neighbours."""
+    run = tmp_path / "shuffle-run"
+    for name in ("item_users", "user_items"):
+        shutil.copytree(tmp_path / "run" / name, run / name)
+    command = [
+        str(SPARK_SUBMIT), "--master", master, "--py-files", str(package), "--executor-memory", "512m",
+        "--driver-memory", "1g", "--conf", "spark.driver.host=127.0.0.1", str(ROOT / "jobs" / "walks.py"),
+        "--settings", str(settings), "--set", f"resources.run={run}", "--set", "resources.walks.strategy=shuffle",
+        "--set", "resources.walks.cluster_rounds=1",
+    ]  # fmt: skip
+    log = tmp_path / "shuffle.log"
+    with open(log, "wb") as output:
+        process = subprocess.Popen(command, env=shipped, cwd=tmp_path, stdout=output, stderr=output)
+        killed = 0
+        while process.poll() is None:
+            if not killed and (run / "walks" / "homes").exists():
+                killed = _executor(tmp_path / "cluster")
+                os.kill(killed, signal.SIGKILL)
+            time.sleep(0.05)
+    assert process.returncode == 0, log.read_text()[-6000:]
+    assert killed, "the walks were over before an executor could be killed"
+    names = sorted(path.name for path in (run / "neighbours").glob("*.parquet"))
+    assert names == sorted(path.name for path in (tmp_path / "run" / "neighbours").glob("*.parquet"))
+    for name in names:
+        assert (run / "neighbours" / name).read_bytes() == (tmp_path / "run" / "neighbours" / name).read_bytes(), name
+
+
+def _executor(cluster: Path) -> int:
+    """The process of an executor that a worker of this cluster started."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            command = (folder / "cmdline").read_bytes()
+            if b"CoarseGrainedExecutorBackend" in command and (folder / "cwd").readlink().is_relative_to(cluster):
+                return int(folder.name)
+    raise AssertionError("no executor is running")
 
 
 def _masters() -> list[str]:

@@ -43,7 +43,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, graph_made: Shop) -> Shop
     assert "features: done in" in outcome.text, outcome.text
     outcome = shop.pinsage("run")
     assert outcome.exit_code == 0, outcome.text
-    assert "ingest: up to date\ngraph: up to date\nfeatures: up to date\nwalks: rand" in outcome.text
+    assert "ingest: up to date\ngraph: up to date\nfeatures: up to date\nwalks: pers" in outcome.text
     assert "report: " in outcome.text
     return shop
 
