@@ -13,6 +13,7 @@ together: their random reads overlap, and those, four per hop, are the cost. Mem
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numba
@@ -38,6 +39,7 @@ from pipeline.top_sums import degree_rank as degree_rank
 from pipeline.top_sums import degree_ranks as degree_ranks
 
 _GOLDEN = 0x9E3779B97F4A7C15
+_MOST_RANKS = 1 << 28  # of items' ranks that every process keeps: a quarter of a GiB
 _BLOCK_WALKS = 1024  # walks that step together: enough to overlap memory reads, few enough to stay in the cache
 
 
@@ -69,7 +71,9 @@ class BipartiteGraph:
             shares = map_lists(storage, manifest, "shares", cache)[1]
             return *map_lists(storage, manifest, "neighbours", cache), shares
 
-        return cls(*lists(ITEM_USERS), *lists(USER_ITEMS), np.zeros(0, np.uint8))
+        items, users = lists(ITEM_USERS), lists(USER_ITEMS)
+        assert isinstance(items[0], np.memmap)
+        return cls(*items, *users, _kept_ranks(str(items[0].filename), len(items[0])))
 
 
 class GraphArrays(NamedTuple):
@@ -107,6 +111,14 @@ def visit_counts(
 def walk_ends(graph: BipartiteGraph, items: NDArray[np.integer], per_hop: NDArray[np.int64], seed: int) -> int:
     """The steps of visit_counts alone: the sum of all ids visited, for measuring what a step costs."""
     return int(_sum_visits(graph_arrays(graph), read_only(items, np.int64), per_hop, np.uint64(seed)))
+
+
+@lru_cache(maxsize=1)
+def _kept_ranks(indptr_file: str, size: int) -> NDArray[np.uint8]:
+    """The items' ranks, made once per process: a byte is read faster than two row pointers. None if size is huge."""
+    if size > _MOST_RANKS:
+        return np.zeros(0, np.uint8)
+    return degree_ranks(np.load(indptr_file, mmap_mode="r"))
 
 
 def graph_arrays(graph: BipartiteGraph) -> GraphArrays:
