@@ -204,7 +204,7 @@ def test_a_planted_violation_is_found(tmp_path: Path, name: str, file: str, sour
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("pipeline/walks.py", "from pipeline import neighbourhoods\nfrom pipeline.contracts import config\nimport numba"),
+        ("pipeline/walks.py", "from pipeline import neighbourhoods\nfrom pipeline.contracts import config\nimport os"),
         ("pipeline/pairs.py", "from pipeline.neighbourhoods import choose\nfrom pipeline.exchange import gather"),
         ("pipeline/walks/__init__.py", "from pipeline.walks.shuffle import run"),
         (
