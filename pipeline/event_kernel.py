@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from pipeline.contracts.config import Split
 from pipeline.contracts.schemas import TEST_SPLIT, TRAIN_SPLIT, VALIDATION_SPLIT
+from pipeline.mixing import GOLDEN, mix
 
 NUM_BUCKETS = 1 << 16
 """Of a temporal split's histogram of time."""
 _DIGIT_BITS = 11
-_GOLDEN = 0x9E3779B97F4A7C15
 
 
 def user_order(users: NDArray[np.integer], timestamps: NDArray[np.int64]) -> NDArray[np.uint32]:
@@ -127,20 +127,12 @@ def _radix_order(keys: Any, num_bits: Any) -> Any:
     return order
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
-def _mix(value: Any) -> Any:
-    """SplitMix64's finaliser (Steele, Lea, Flood 2014)."""
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
-
-
 @numba.njit(cache=True, nogil=True)
 def _draws(positions: Any, seed: Any) -> Any:
     """In [0, 1), from 53 bits of a hash of seed and position."""
-    result, secret = np.empty(len(positions), np.float64), _mix(seed + np.uint64(_GOLDEN))
+    result, secret = np.empty(len(positions), np.float64), mix(seed + GOLDEN)
     for k in range(len(positions)):
-        bits = _mix(secret ^ _mix(np.uint64(positions[k]) * np.uint64(_GOLDEN)))
+        bits = mix(secret ^ mix(np.uint64(positions[k]) * GOLDEN))
         result[k] = np.float64(bits >> np.uint64(11)) * (1.0 / 9007199254740992.0)
     return result
 

@@ -18,7 +18,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.top_sums import empty_rows, make_scratch, read_only, top_sums
+from pipeline.mixing import read_only
+from pipeline.top_sums import empty_rows, make_scratch, top_sums
 from pipeline.walk_kernel import BipartiteGraph, graph_arrays, prefetch, share_at
 
 _MAX_USERS = 1024  # of one item that are read: an item with more is a hub, and those stand for the others

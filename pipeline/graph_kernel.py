@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.contracts.schemas import TRAIN_SPLIT
+from pipeline.mixing import GOLDEN, mix, read_only
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _TRAIN = TRAIN_SPLIT  # a compiled function takes it as a constant
 _WHOLE = 62
 """Shares are added up as integers in units of 2 ** -62 of the row's weight: no sum loses what small edges weigh."""
@@ -80,7 +80,7 @@ def merge_events(
     size = len(events.users)
     indptr, ids = np.empty(stop - start + 1, np.int64), np.empty(size, np.uint32)
     weights, times = np.empty(size if weighted else 0), np.empty(size if timed else 0, np.int64)
-    columns = Events(*(_read_only(column) for column in events))
+    columns = Events(*(read_only(column) for column in events))
     used, weightless, bad = _merge(columns, start, num_items, weighted, decay, indptr, ids, weights, times)
     count = indptr[-1] if bad < 0 else 0
     return Rows(indptr, ids[:count], weights[:count], times[:count]), Merged(used, weightless, bad)
@@ -92,7 +92,7 @@ def collect_rows(
     """Rows [start, stop) from their edges (ids, weights, times) in any order, which every row keeps."""
     indptr = np.zeros(stop - start + 1, np.int64)
     rows = Rows(indptr, *(np.empty_like(column) for column in edges))
-    _collect(_read_only(owners), Rows(indptr, *(_read_only(column) for column in edges)), start, rows)
+    _collect(read_only(owners), Rows(indptr, *(read_only(column) for column in edges)), start, rows)
     return rows
 
 
@@ -163,21 +163,6 @@ _BIN_STARTS = np.array(
 # ------------------------------------------------------------------------------------------------ compiled
 
 
-def _read_only(array: NDArray[Any]) -> NDArray[Any]:
-    """Arrow's arrays are, numpy's are not: one type is one compilation."""
-    view = np.ascontiguousarray(array)[:]
-    view.flags.writeable = False
-    return view
-
-
-@numba.njit(cache=True, inline="always")
-def _mix(value: Any) -> Any:
-    """SplitMix64's finaliser: every input bit reaches every output bit."""
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
-
-
 @numba.njit(cache=True, nogil=True)
 def _merge(
     events: Any, start: Any, num_items: Any, weighted: Any, decay: Any, indptr: Any, ids: Any, weights: Any, times: Any
@@ -220,7 +205,7 @@ def _merge(
                 weightless += 1
                 continue
             used += 1
-            slot = np.int64((np.uint64(item) * _GOLDEN) >> shift)
+            slot = np.int64((np.uint64(item) * GOLDEN) >> shift)
             while table[slot] != 0 and ids[before + table[slot]] != item:
                 slot = (slot + 1) & mask
             known = np.int64(table[slot])
@@ -294,7 +279,7 @@ def _limit(rows: Any, first_row: Any, least: Any, most: Any, random: Any, seed: 
     """An edge stays if its key is below the most-th smallest, or equal and its id among the smallest of those."""
     indptr, ids, weights, times = rows
     kept, too_few, too_many = 0, 0, 0
-    stream = _mix(seed + _GOLDEN)
+    stream = mix(seed + GOLDEN)
     for row in range(len(indptr) - 1):
         start, stop = indptr[row], indptr[row + 1]
         degree = stop - start
@@ -310,7 +295,7 @@ def _limit(rows: Any, first_row: Any, least: Any, most: Any, random: Any, seed: 
                 if random:
                     one, other = np.uint64(first_row + row), np.uint64(ids[start + place])
                     pair = (one << np.uint64(32)) | other if by_user else (other << np.uint64(32)) | one
-                    keys[place] = np.int64(_mix(stream ^ (pair * _GOLDEN)) >> np.uint64(1))
+                    keys[place] = np.int64(mix(stream ^ (pair * GOLDEN)) >> np.uint64(1))
                 else:
                     keys[place] = -times[start + place]
             border = np.partition(keys, most - 1)[most - 1]
@@ -336,9 +321,9 @@ def _shuffle(rows: Any, first_row: Any, seed: Any) -> None:
     indptr, ids, weights, times = rows
     for row in range(len(indptr) - 1):
         start = indptr[row]
-        stream = _mix(_mix(seed + _GOLDEN) ^ (np.uint64(first_row + row) * _GOLDEN))
+        stream = mix(mix(seed + GOLDEN) ^ (np.uint64(first_row + row) * GOLDEN))
         for place in range(indptr[row + 1] - start - 1, 0, -1):
-            bits = _mix(stream + np.uint64(place) * _GOLDEN) >> np.uint64(11)
+            bits = mix(stream + np.uint64(place) * GOLDEN) >> np.uint64(11)
             one, other = start + place, start + np.int64(np.float64(bits) * 2.0**-53 * np.float64(place + 1))
             ids[one], ids[other] = ids[other], ids[one]
             if len(weights) > 0:

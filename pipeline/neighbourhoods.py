@@ -175,7 +175,12 @@ class Neighbourhoods:
             return lambda shard: partial(_swapped, first(shard), top)
         if walks.compose == "all":
             adding = self.composed(self.store_rows(top), walks.compose_rows, top)
-            return lambda shard: lambda items: adding(shard)(items, top, None)
+
+            def add(shard: int) -> Callable[[NDArray[np.int64]], Found]:
+                compose_all = adding(shard)
+                return lambda items: compose_all(items, top, None)
+
+            return add
         if self._replicated:
             storage, cache, budget = self._storage, self._cache, walks.entry_budget
 

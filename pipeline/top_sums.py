@@ -13,6 +13,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.mixing import read_only
+
 GOLDEN_32 = 0x9E3779B1  # 2 ** 32 / golden ratio: its multiples are spread evenly over 32 bits, whichever come first
 LOW_32 = 0xFFFFFFFF
 _FEW = 16  # candidates beyond those kept that are sorted rather than selected from
@@ -40,15 +42,6 @@ def degree_ranks(indptr: NDArray[np.int64]) -> NDArray[np.uint8]:
     """The degree_rank of every row, uint8 [N]."""
     ranks: NDArray[np.uint8] = _degree_ranks(read_only(indptr, np.int64))
     return ranks
-
-
-def read_only(array: NDArray[Any], dtype: Any = None) -> NDArray[Any]:
-    """A read-only, contiguous view of an array, or a copy if its type has to change."""
-    view = np.ascontiguousarray(array, dtype).view(np.ndarray)
-    if view.flags.writeable:
-        view = view[:]
-        view.flags.writeable = False
-    return view
 
 
 def empty_rows(size: int, width: int) -> tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.int64]]:

@@ -27,18 +27,17 @@ from pipeline.contracts.datasets import open_manifest
 from pipeline.contracts.replica import map_lists
 from pipeline.contracts.schemas import ITEM_USERS, USER_ITEMS, Dataset
 from pipeline.contracts.storage import Storage
+from pipeline.mixing import GOLDEN, mix, read_only
 from pipeline.top_sums import (
     GOLDEN_32,
     LOW_32,
     empty_rows,
     make_scratch,
-    read_only,
     top_sums,
 )
 from pipeline.top_sums import degree_rank as degree_rank
 from pipeline.top_sums import degree_ranks as degree_ranks
 
-_GOLDEN = 0x9E3779B97F4A7C15
 _MOST_RANKS = 1 << 28  # of items' ranks that every process keeps: a quarter of a GiB
 _BLOCK_WALKS = 1024  # walks that step together: enough to overlap memory reads, few enough to stay in the cache
 
@@ -149,14 +148,6 @@ prefetch: Any = intrinsic(_generate_prefetch)
 # ------------------------------------------------------------------------------------------------------- steps
 
 
-@numba.njit(cache=True, inline="always")
-def _mix(value: Any) -> Any:
-    """SplitMix64's finaliser: every input bit reaches every output bit."""
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
-
-
 @numba.njit(cache=True)
 def share_at(point: Any, start: Any, degree: Any, shares: Any) -> Any:
     """The row's first edge whose running share reaches point (32 bits).
@@ -187,7 +178,7 @@ def share_at(point: Any, start: Any, degree: Any, shares: Any) -> Any:
 
 
 @numba.njit(cache=True, inline="always")
-def _pick(point: Any, start: Any, degree: Any, shares: Any, weighted: Any) -> Any:
+def pick(point: Any, start: Any, degree: Any, shares: Any, weighted: Any) -> Any:
     """The place of a row's edge that 32 random bits choose: any alike, or in proportion to weight."""
     if weighted:
         return share_at(point, start, degree, shares)
@@ -203,35 +194,35 @@ def _walk_block(graph: Any, items: Any, per_hop: Any, seed: Any, bits: Any, edge
     """
     indptr, users, user_indptr, user_items = graph.item_indptr, graph.item_users, graph.user_indptr, graph.user_items
     weighted, none = len(graph.item_shares) > 0, graph.item_shares[:0]
-    low, half, golden, one = np.int64(LOW_32), np.uint64(32), np.uint64(_GOLDEN), np.uint64(1)
+    low, half, golden, one = np.int64(LOW_32), np.uint64(32), GOLDEN, np.uint64(1)
     before, now = 0, 0
     for hop in range(len(per_hop)):
         alive = per_hop[hop]
         going_on = per_hop[hop + 1] if hop + 1 < len(per_hop) else 0
         for row in range(len(items)):
-            stream = _mix(_mix(seed + golden) ^ (np.uint64(items[row]) * golden))
+            stream = mix(mix(seed + golden) ^ (np.uint64(items[row]) * golden))
             counter = stream + np.uint64(hop << 32) * golden
             for walk in range(alive):
                 counter += golden
-                bits[row, walk] = _mix(counter)
+                bits[row, walk] = mix(counter)
             if hop == 0:
-                offset, start = np.int64(_mix(stream) >> half), indptr[items[row]]
+                offset, start = np.int64(mix(stream) >> half), indptr[items[row]]
                 degree = indptr[items[row] + 1] - start
                 for walk in range(alive):
                     point = (offset + walk * GOLDEN_32) & low
-                    edges[row, walk] = _pick(point, start, degree, graph.item_shares, weighted)
+                    edges[row, walk] = pick(point, start, degree, graph.item_shares, weighted)
             else:
                 if weighted:
                     for walk in range(alive):
                         here = np.uint64(visits[row, before + walk])
                         start = indptr[here]
-                        place = _pick(np.int64(bits[row, walk] >> half), start, indptr[here + one] - start, none, False)
+                        place = pick(np.int64(bits[row, walk] >> half), start, indptr[here + one] - start, none, False)
                         prefetch(graph.item_shares, place)
                 for walk in range(alive):
                     here = np.uint64(visits[row, before + walk])
                     start = indptr[here]
                     point = np.int64(bits[row, walk] >> half)
-                    edges[row, walk] = _pick(point, start, indptr[here + one] - start, graph.item_shares, weighted)
+                    edges[row, walk] = pick(point, start, indptr[here + one] - start, graph.item_shares, weighted)
                     prefetch(users, edges[row, walk])
         for row in range(len(items)):
             for walk in range(alive):
@@ -242,13 +233,13 @@ def _walk_block(graph: Any, items: Any, per_hop: Any, seed: Any, bits: Any, edge
                 for walk in range(alive):
                     user = np.uint64(edges[row, walk])
                     start = user_indptr[user]
-                    place = _pick(np.int64(bits[row, walk]) & low, start, user_indptr[user + one] - start, none, False)
+                    place = pick(np.int64(bits[row, walk]) & low, start, user_indptr[user + one] - start, none, False)
                     prefetch(graph.user_shares, place)
             for walk in range(alive):
                 user = np.uint64(edges[row, walk])
                 start = user_indptr[user]
                 point = np.int64(bits[row, walk]) & low
-                edges[row, walk] = _pick(point, start, user_indptr[user + one] - start, graph.user_shares, weighted)
+                edges[row, walk] = pick(point, start, user_indptr[user + one] - start, graph.user_shares, weighted)
                 prefetch(user_items, edges[row, walk])
         for row in range(len(items)):
             for walk in range(alive):

@@ -20,9 +20,12 @@ from numpy.typing import NDArray
 from pyspark.sql import SparkSession
 
 from pipeline.contracts.datasets import Lineage, Manifest, arrow_to_lists, read_shard
+from pipeline.contracts.replica import padded
 from pipeline.contracts.sharding import shard_bounds, shard_of, stage_seed
 from pipeline.contracts.storage import Storage
 from pipeline.exchange import destination_rows, gather, scatter
+from pipeline.mixing import GOLDEN, mix
+from pipeline.walk_kernel import pick
 
 WALKERS = pa.schema([("source", pa.uint32()), ("node", pa.uint32()), ("count", pa.uint32())])
 _CELL_VISITS = 1 << 24
@@ -102,12 +105,9 @@ def top_visits(
     sources, nodes, counts = sources[order], nodes[order], counts[order]
     bounds = np.searchsorted(sources, np.arange(start, stop + 1))
     lengths = np.minimum(np.diff(bounds), num_neighbours)
-    columns = np.arange(num_neighbours)
-    inside = columns[None, :] < lengths[:, None]
-    places = (bounds[:-1, None] + columns[None, :])[inside]
-    ids, kept = np.zeros(inside.shape, np.uint32), np.zeros(inside.shape, np.int64)
-    ids[inside], kept[inside] = nodes[places], counts[places]
-    return ids, kept, lengths
+    rows = np.arange(stop - start)
+    ids = padded(bounds, nodes, rows, num_neighbours, np.uint32)
+    return ids, padded(bounds, counts, rows, num_neighbours, np.int64), lengths
 
 
 def survivors(rows: pa.Table, walk: Walk, hop: int) -> pa.Table:
@@ -207,51 +207,33 @@ def split(
     return pa.concat_tables(pieces)
 
 
-@numba.njit(cache=True, inline="always")
-def _mix(value: Any) -> Any:
-    """SplitMix64's finaliser: every input bit reaches every output bit."""
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
-
-
 @numba.njit(cache=True, nogil=True)
 def _draw(
     sources: Any, nodes: Any, counts: Any, indptr: Any, ids: Any, shares: Any, first: Any, key: Any,
     out_sources: Any, out_nodes: Any,
 ) -> None:  # fmt: skip
     """Every walk's next node: uniform over the list, or in proportion to its shares."""
-    golden, place, weighted = np.uint64(0x9E3779B97F4A7C15), 0, len(shares) > 0
+    place, weighted = 0, len(shares) > 0
     for row in range(len(sources)):
         start = indptr[nodes[row] - first]
         degree = indptr[nodes[row] - first + 1] - start
-        stream = _mix(_mix(key + golden) ^ _mix((np.uint64(sources[row]) << np.uint64(32)) | np.uint64(nodes[row])))
+        stream = mix(mix(key + GOLDEN) ^ mix((np.uint64(sources[row]) << np.uint64(32)) | np.uint64(nodes[row])))
         for walk in range(counts[row]):
-            random = _mix(stream + np.uint64(walk) * golden) >> np.uint64(32)
-            if weighted:
-                low, high = start, start + degree - 1
-                while low < high:
-                    middle = (low + high) // 2
-                    if np.uint64(shares[middle]) >= random:
-                        high = middle
-                    else:
-                        low = middle + 1
-            else:
-                low = start + np.int64((random * np.uint64(degree)) >> np.uint64(32))
+            point = np.int64(mix(stream + np.uint64(walk) * GOLDEN) >> np.uint64(32))
             out_sources[place] = sources[row]
-            out_nodes[place] = ids[low]
+            out_nodes[place] = ids[pick(point, start, degree, shares, weighted)]
             place += 1
 
 
 @numba.njit(cache=True, nogil=True)
 def _surviving(sources: Any, nodes: Any, counts: Any, seed: Any, hop: Any, probability: Any) -> Any:
     """A binomial draw per row."""
-    golden, left = np.uint64(0x9E3779B97F4A7C15), np.zeros(len(sources), np.uint32)
+    left = np.zeros(len(sources), np.uint32)
     threshold = np.uint64(probability * 4294967296.0)
     for row in range(len(sources)):
         node = (np.uint64(sources[row]) << np.uint64(32)) | np.uint64(nodes[row])
-        stream = _mix(_mix(_mix(seed) + (hop + np.uint64(1)) * golden) ^ _mix(node + golden))
+        stream = mix(mix(mix(seed) + (hop + np.uint64(1)) * GOLDEN) ^ mix(node + GOLDEN))
         for walk in range(counts[row]):
-            if (_mix(stream + np.uint64(walk) * golden) >> np.uint64(32)) < threshold:
+            if (mix(stream + np.uint64(walk) * GOLDEN) >> np.uint64(32)) < threshold:
                 left[row] += 1
     return left

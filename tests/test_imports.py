@@ -26,6 +26,7 @@ KERNELS = {
     "graph_kernel": {"graph"},
     "input_files": {"guess", "sources"},
     "keys": {"ingest"},
+    "mixing": {"event_kernel", "exact_kernel", "graph_kernel", "top_sums", "walk_kernel", "walkers"},
     "neighbourhoods": {"pairs", "walks"},
     "ranking": {"evaluation"},
     "report": {"evaluation"},
@@ -33,7 +34,7 @@ KERNELS = {
     "sources": {"guess", "ingest"},
     "steps": {"graph", "ingest"},
     "top_sums": {"exact_kernel", "walk_kernel"},
-    "walk_kernel": {"exact_kernel", "neighbourhoods", "shipping"},
+    "walk_kernel": {"exact_kernel", "neighbourhoods", "shipping", "walkers"},
     "walkers": {"neighbourhoods"},
 }
 # STYLE names numpy, pyarrow, fsspec and pydantic; the settings file is YAML, and a host's copy of a dataset has a lock.

@@ -37,6 +37,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.mixing import GOLDEN, mix
 from pipeline.walk_kernel import BipartiteGraph, degree_ranks
 
 SHARD_EDGES, SHARD_ITEMS, ROW_GROUP_EDGES = 10_000_000, 1_000_000, 1_000_000
@@ -44,7 +45,6 @@ FIRST_SECOND, LAST_SECOND = 1_672_531_200, 1_735_689_600  # 2023 and 2024
 EVENTS = ("view", "save", "buy")  # 70, 25 and 5 % of the interactions
 DEGREE_SIGMA = 0.93  # of the lognormal; the mean is 1.54 times the median
 USER, ITEM, ROW, MOMENT = range(4)  # streams of random numbers
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 KEY_BITS = np.uint64((1 << 40) - 1)
 
 
@@ -133,16 +133,8 @@ def make_graph(
 
 
 @numba.njit(cache=True, inline="always")
-def _mix(value: Any) -> Any:
-    """SplitMix64's finaliser: every input bit reaches every output bit."""
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
-
-
-@numba.njit(cache=True, inline="always")
 def _stream(seed: Any, kind: Any, number: Any) -> Any:
-    return _mix(_mix(seed + GOLDEN) ^ (np.uint64(number) * GOLDEN + (np.uint64(kind) << np.uint64(56))))
+    return mix(mix(seed + GOLDEN) ^ (np.uint64(number) * GOLDEN + (np.uint64(kind) << np.uint64(56))))
 
 
 @numba.njit(cache=True, inline="always")
@@ -170,10 +162,8 @@ def _shares(first: Any, end: Any, seed: Any) -> Any:
     found = np.empty(end - first, np.float64)
     for user in range(first, end):
         stream = _stream(seed, USER, user)
-        radius = math.sqrt(-2.0 * math.log(1.0 - _uniform(_mix(stream))))
-        found[user - first] = math.exp(
-            DEGREE_SIGMA * radius * math.cos(2.0 * math.pi * _uniform(_mix(stream + GOLDEN)))
-        )
+        radius = math.sqrt(-2.0 * math.log(1.0 - _uniform(mix(stream))))
+        found[user - first] = math.exp(DEGREE_SIGMA * radius * math.cos(2.0 * math.pi * _uniform(mix(stream + GOLDEN))))
     return found
 
 
@@ -207,8 +197,8 @@ def _draw_items(
         num_homes = np.uint64(1 + length // 256)
         start, draw = end, np.uint64(0)
         while end < start + length:
-            bits = _mix(stream + draw * GOLDEN)
-            kind, chance = bits & np.uint64(1023), _uniform(_mix(bits ^ GOLDEN))
+            bits = mix(stream + draw * GOLDEN)
+            kind, chance = bits & np.uint64(1023), _uniform(mix(bits ^ GOLDEN))
             if draw > np.uint64(64 * length):  # its topics are used up
                 place = np.int64(chance * num_items)
             elif kind >= np.uint64(922):
@@ -216,7 +206,7 @@ def _draw_items(
                 place = rank * spread % num_items
             else:
                 home = (bits >> np.uint64(10) & np.uint64(0xFFFFF)) % num_homes
-                topic = np.int64(_mix(stream ^ (home + np.uint64(1)) * GOLDEN) % np.uint64(num_topics))
+                topic = np.int64(mix(stream ^ (home + np.uint64(1)) * GOLDEN) % np.uint64(num_topics))
                 if kind >= np.uint64(717):
                     away = np.int64((bits >> np.uint64(32)) % np.uint64(6))
                     topic = (topic + (away + 1 if away < 3 else 2 - away) + 3 * num_topics) % num_topics
@@ -224,7 +214,7 @@ def _draw_items(
                 high = (topic + 1) * num_items // num_topics
                 place = low + np.int64((high - low) * chance * chance * math.sqrt(chance))
             draw += np.uint64(1)
-            slot = _mix(np.uint64(place) + GOLDEN) & mask
+            slot = mix(np.uint64(place) + GOLDEN) & mask
             while owners[slot] == row + 1 and places[slot] != place:
                 slot = (slot + np.uint64(1)) & mask
             if owners[slot] != row + 1:
@@ -239,9 +229,9 @@ def _moments_and_events(first_user: Any, lengths: Any, seed: Any, moments: Any, 
     end = 0
     for row in range(len(lengths)):
         stream = _stream(seed, MOMENT, first_user + row)
-        joined = FIRST_SECOND + np.int64(_uniform(_mix(stream)) * 0.95 * (LAST_SECOND - FIRST_SECOND))
+        joined = FIRST_SECOND + np.int64(_uniform(mix(stream)) * 0.95 * (LAST_SECOND - FIRST_SECOND))
         for k in range(lengths[row]):
-            bits = _mix(stream + np.uint64(k + 1) * GOLDEN)
+            bits = mix(stream + np.uint64(k + 1) * GOLDEN)
             moments[end] = joined + np.int64(_uniform(bits) * (LAST_SECOND - joined))
             if len(events):
                 kind = bits & np.uint64(1023)
@@ -255,7 +245,7 @@ def _shuffle_rows(indptr: Any, values: Any, seed: Any) -> None:
     for row in range(len(indptr) - 1):
         stream = _stream(seed, ITEM, row)
         for k in range(indptr[row + 1] - indptr[row] - 1, 0, -1):
-            other = indptr[row] + np.int64(_mix(stream + np.uint64(k) * GOLDEN) % np.uint64(k + 1))
+            other = indptr[row] + np.int64(mix(stream + np.uint64(k) * GOLDEN) % np.uint64(k + 1))
             values[indptr[row] + k], values[other] = values[other], values[indptr[row] + k]
 
 

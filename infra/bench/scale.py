@@ -36,7 +36,7 @@ DATASETS = {
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
-def settings(data: Path, run: Path, cache: Path, cores: int, rows: int, events: int, given: list[str]) -> Path:
+def settings(data: Path, run: Path, cache: Path, cores: int, rows: int, events: int) -> Path:
     """Write the settings file of the run and return its path; nearly all events are kept for training."""
     tree: dict[str, Any] = {
         "task": {
@@ -64,13 +64,6 @@ def settings(data: Path, run: Path, cache: Path, cores: int, rows: int, events: 
             },
         },
     }
-    for override in given:
-        key, _, value = override.partition("=")
-        *groups, name = key.split(".")
-        node = tree
-        for group in groups:
-            node = node.setdefault(group, {})
-        node[name] = yaml.safe_load(value)
     run.parent.mkdir(parents=True, exist_ok=True)
     path = run.parent / f"{run.name}.yaml"
     path.write_text(yaml.safe_dump(tree, sort_keys=False))
@@ -159,13 +152,13 @@ def main() -> None:
         for folder in (options.run, options.cache):
             shutil.rmtree(folder, ignore_errors=True)
     file = settings(
-        options.data, options.run, options.cache, options.cores, options.rows_per_shard, options.events_per_shard,
-        options.set,
+        options.data, options.run, options.cache, options.cores, options.rows_per_shard, options.events_per_shard
     )  # fmt: skip
     print(json.dumps(machine(), indent=1), flush=True)
+    given = [word for override in options.set for word in ("--set", override)]
     found: dict[str, Any] = {"raw_gib": folder_bytes(options.data / "interactions") / 2**30}
     for stage in options.stages:
-        command = [sys.executable, "-m", "jobs.cli", stage, "--settings", str(file)]
+        command = [sys.executable, "-m", "jobs.cli", stage, "--settings", str(file), *given]
         report = measured(command, [options.run, options.cache])
         manifests = [open_manifest(Storage(str(options.run)), name) for name in DATASETS[stage]]
         report["stored_gib"] = sum(manifest.num_bytes for manifest in manifests) / 2**30
