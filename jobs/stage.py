@@ -165,6 +165,7 @@ def _train(settings: Settings, force: bool) -> None:
         "jobs.launch",
         *meeting,
         f"--nproc-per-node={training.ranks}",
+        f"--max-restarts={training.max_restarts}",
         "--module",
         "jobs.train",
     ]

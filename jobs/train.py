@@ -12,7 +12,7 @@ import os
 import sys
 import time
 
-from model.lifetime import die_with_parent
+from model.lifetime import die_with_parent, give_up, is_given_up
 from pipeline.contracts import schemas
 from pipeline.contracts.config import load_settings
 from pipeline.contracts.datasets import is_up_to_date
@@ -24,8 +24,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Before torch's slow import too, so that no rank outlives a launcher that is killed meanwhile.
 if "TORCHELASTIC_RUN_ID" in os.environ:
     die_with_parent()
+if is_given_up():
+    sys.exit(1)
 
-from model import checkpoint, distributed, trainer
+from model import distributed, trainer
 
 MOMENT_SECONDS = 5
 """What stops one rank mostly stops all, and the first says it for them: torchrun then ends the others, who wait this
@@ -47,6 +49,7 @@ def main() -> int:
     try:
         run(arguments.settings, arguments.overrides, arguments.force)
     except PipelineError as error:
+        give_up()
         if not is_first:
             time.sleep(MOMENT_SECONDS)
         print(f"error: {error}", file=sys.stderr)
@@ -70,7 +73,7 @@ def run(source: str, overrides: list[str], force: bool) -> None:
         return
     with distributed.start(settings.resources.training) as group:
         if force and group.is_first:
-            checkpoint.delete(storage)
+            storage.delete(schemas.TRAINING)
         trainer.train(storage, settings, lineage, group)
 
 

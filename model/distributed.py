@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,12 +42,20 @@ class Group:
         devices = [self.device] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 
-    def mean(self, value: Tensor) -> float:
-        """The mean of the ranks' scalars; a collective call."""
-        total = value.detach().clone()
+    def means(self, values: Tensor) -> list[float]:
+        """The means of the ranks' values [n]; a collective call."""
+        total = values.detach().clone()
         if self.world_size > 1:
             dist.all_reduce(total)
-        return total.item() / self.world_size
+        found: list[float] = (total / self.world_size).tolist()
+        return found
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The ranks' rows [n, d] one behind the other [ranks * n, d]; gradients find their way back. Collective."""
+        if self.world_size == 1:
+            return rows
+        gathered: Tensor = _Gather.apply(rows, self.rank, self.world_size)
+        return gathered
 
     def from_first(self, data: bytes | None) -> bytes | None:
         """The first rank's bytes, on every rank; a collective call."""
@@ -54,6 +63,26 @@ class Group:
         if self.world_size > 1:
             dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
+
+
+class _Gather(torch.autograd.Function):
+    """all_gather whose backward sums what every rank's loss says of these rows.
+
+    DDP takes the mean of the ranks' gradients afterwards: the whole is the gradient of the mean of their losses.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, rank: int, world_size: int) -> Tensor:
+        ctx.start, ctx.stop = rank * len(rows), (rank + 1) * len(rows)
+        gathered = rows.new_empty(world_size * len(rows), *rows.shape[1:])
+        dist.all_gather(list(gathered.chunk(world_size)), rows.contiguous())
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        total = gradients[0].contiguous()
+        dist.all_reduce(total)
+        return total[ctx.start : ctx.stop], None, None
 
 
 def world() -> tuple[int, int]:

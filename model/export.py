@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.layers import Convolution, importance_pool
+from model.layers import Convolution
 from model.pinsage import PinSage
 from pipeline.contracts import config
 
@@ -33,6 +33,7 @@ class Exported:
         self._weights, self._description = weights, description
         self._threads: int | None = None
         self.num_layers = int(description["model"]["num_layers"])
+        self._pads = description["model"]["pooling"] == "max"  # by a copy, which must not be one of the whole layer
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_model"}
@@ -50,21 +51,24 @@ class Exported:
         """What items [n, inputs] say to those that have them as neighbours [n, m]."""
         return self._run(self._convolution(layer).project, h)
 
-    def pool(self, projected: NDArray[Any], index: NDArray[np.integer], weights: NDArray[np.floating]) -> Floats:
-        """Weighted sums [n, m] of rows of a projected layer [N, m], by index and weights [n, T]; padding weighs 0.
+    def pool(
+        self, layer: int, projected: NDArray[Any], index: NDArray[np.integer], weights: NDArray[np.floating]
+    ) -> Floats:
+        """What lists [n, T] pool from rows of a projected layer [N, m], by index and weights; padding weighs 0.
 
         projected may be a memory map of the whole layer: only the rows named are read.
         """
-        if projected.dtype == np.float32:
-            return self._run(importance_pool, projected, index, weights)
+        pool = self._convolution(layer).pool
+        if projected.dtype == np.float32 and not self._pads:
+            return self._run(pool, projected, index, weights)
         rows = max(1, BLOCK_BYTES // (4 * projected.shape[1] * max(1, index.shape[1])))
-        result = np.empty((len(index), projected.shape[1]), np.float32)
+        parts = []
         for start in range(0, len(index), rows):
             needed, local = np.unique(index[start : start + rows], return_inverse=True)
             gathered = projected[needed].astype(np.float32)
             local = local.reshape(-1, index.shape[1])
-            result[start : start + rows] = self._run(importance_pool, gathered, local, weights[start : start + rows])
-        return result
+            parts.append(self._run(pool, gathered, local, weights[start : start + rows]))
+        return np.concatenate(parts) if parts else np.zeros((0, projected.shape[1]), np.float32)
 
     def combine(self, layer: int, h: NDArray[Any], pooled: NDArray[Any]) -> Floats:
         """A layer's output [n, d] from items [n, inputs] and what they pooled [n, m]."""

@@ -16,10 +16,13 @@ from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pipeline.contracts import config
 from pipeline.contracts.errors import ResourceError
 
 SMALLEST_NORM = 1e-6
 """Shorter rows are divided by this instead of their length: a zero row stays zero and its gradient finite."""
+MOST_ATTENTION = 5.0
+"""Scores are cut here: one neighbour can weigh 22 000 times another, and float16 holds what is sent."""
 
 
 def importance_pool(projected: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -123,7 +126,31 @@ def importance_pool_dgl(projected: Tensor, index: Tensor, weights: Tensor) -> Te
     return pooled
 
 
-POOLS = {"torch": importance_pool, "dgl": importance_pool_dgl}
+SUMS = {"torch": importance_pool, "dgl": importance_pool_dgl}
+
+
+def max_pool(projected: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """The largest message of each destination's neighbours, element by element; zeros where there are none.
+
+    Messages are not negative, so padding may read a row of zeros. Source: Hamilton et al. 2017, pooling aggregator.
+    """
+    if not index.shape[1]:
+        return projected.new_zeros(len(index), projected.shape[1])
+    nobody = len(projected)
+    padded = torch.cat([projected, projected.new_zeros(1, projected.shape[1])])
+    return F.embedding_bag(index.masked_fill(weights == 0, nobody), padded, mode="max")
+
+
+def evened(weights: Tensor) -> Tensor:
+    """The same weight for every neighbour of a row: 1 by their number [B, T]; padding stays 0."""
+    used = (weights != 0).to(weights.dtype)
+    return used / used.sum(1, keepdim=True).clamp(min=1)
+
+
+def narrowed(index: Tensor, weights: Tensor, fan_out: int) -> tuple[Tensor, Tensor]:
+    """The first fan_out entries of every list, the heaviest as lists are sorted, scaled back to sum 1."""
+    index, weights = index[:, :fan_out].contiguous(), weights[:, :fan_out]
+    return index, weights / weights.sum(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
 
 
 def normalise(vectors: Tensor) -> Tensor:
@@ -132,21 +159,56 @@ def normalise(vectors: Tensor) -> Tensor:
 
 
 class Convolution(nn.Module):
-    """Algorithm 1 of the paper: n = pool(ReLU(Q h + q)); z = ReLU(W concat(h, n) + w); z / ||z||."""
+    """Algorithm 1 of the paper: n = pool(ReLU(Q h + q)); z = ReLU(W concat(h, n) + w); z / ||z||.
 
-    def __init__(self, inputs: int, hidden: int, outputs: int, message_passing: str = "torch") -> None:
+    carries: what comes in is wider than `inputs`, and goes out again behind the layer's own output, for a head that
+    reads all layers.
+    """
+
+    def __init__(self, inputs: int, settings: config.Model, fan_out: int | None = None, carries: bool = False) -> None:
         super().__init__()
+        hidden, outputs = settings.hidden_dimensions, settings.output_dimensions
         self.Q = nn.Linear(inputs, hidden)
         self.W = nn.Linear(inputs + hidden, outputs)
-        self.pool = POOLS[message_passing]
+        self.attention = nn.Linear(hidden, 1, bias=False) if settings.pooling == "attention" else None
+        self.skip: nn.Module | None = None
+        if settings.residual:
+            self.skip = nn.Identity() if inputs == outputs else nn.Linear(inputs, outputs, bias=False)
+        self.inputs, self.fan_out, self.carries, self.pooling = inputs, fan_out, carries, settings.pooling
+        self.sum = SUMS[settings.message_passing]
 
     def project(self, h: Tensor) -> Tensor:
-        """[U, inputs] to the [U, hidden] messages that neighbours send."""
-        return F.relu(self.Q(h))
+        """[U, inputs] to the messages that neighbours send: [U, hidden], with attention one column more.
+
+        Attention after Velickovic et al. 2018, where a neighbour's score is LeakyReLU(a h_u + b h_v). Which neighbours
+        score highest is then the same for all u (Brody et al. 2022), so only the neighbour's part is kept: its factor
+        e_v = exp(b p_v) can be sent along with e_v p_v, and the normalised sum stays a quotient of two plain sums,
+        which every reducer of inference can make.
+        """
+        messages = F.relu(self.Q(h[:, : self.inputs])).to(h.dtype)  # under autocast a product has fewer bits
+        if self.attention is None:
+            return messages
+        factor = self.attention(messages).clamp(-MOST_ATTENTION, MOST_ATTENTION).exp()
+        return torch.cat([messages * factor, factor], dim=1)
+
+    def pool(self, projected: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """What destinations [B] get from the rows of projected named by their lists [B, T]; zeros from empty lists."""
+        if self.fan_out is not None:
+            index, weights = narrowed(index, weights, self.fan_out)
+        if self.pooling == "max":
+            return max_pool(projected, index, weights)
+        return self.sum(projected, index, evened(weights) if self.pooling == "mean" else weights)
 
     def combine(self, h: Tensor, pooled: Tensor) -> Tensor:
-        """What destinations [B, inputs] are and what they pooled [B, hidden], to [B, outputs] of length 1."""
-        return normalise(F.relu(self.W(torch.cat([h, pooled], dim=1))))
+        """What destinations [B, inputs] are and what they pooled, to [B, outputs] of length 1."""
+        own = h[:, : self.inputs]
+        if self.attention is not None:
+            pooled = pooled[:, :-1] / pooled[:, -1:].clamp(min=torch.finfo(pooled.dtype).tiny)
+        z = F.relu(self.W(torch.cat([own, pooled], dim=1))).to(h.dtype)
+        if self.skip is not None:
+            z = z + self.skip(own).to(h.dtype)
+        z = normalise(z)
+        return torch.cat([z, h], dim=1) if self.carries else z
 
     def forward(self, h: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Sources [U, inputs], the first B of them destinations, to [B, outputs]."""

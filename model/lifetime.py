@@ -6,9 +6,12 @@ import ctypes
 import os
 import signal
 import sys
+from contextlib import suppress
 
 PARENT = "PINSAGE_PARENT"
 """Environment variable with the process id of the launcher that expects its children to end with it."""
+VERDICT = "PINSAGE_VERDICT"
+"""Environment variable with the file in which a rank notes that to start again is no use: it would fail the same."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -30,3 +33,15 @@ def die_with_parent(parent: int | None = None) -> None:
 def expect_children() -> None:
     """Name this process as the one whose end its children must not outlive."""
     os.environ[PARENT] = str(os.getpid())
+
+
+def give_up() -> None:
+    """Have ranks that torchrun starts again end at once: what ended this one is for a person to mend."""
+    if VERDICT in os.environ:
+        with suppress(OSError), open(os.environ[VERDICT], "w"):
+            pass
+
+
+def is_given_up() -> bool:
+    """Whether a rank of an earlier start has given up."""
+    return os.path.exists(os.environ.get(VERDICT, ""))

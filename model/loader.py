@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,16 +20,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.minibatch import Blocks, Ids, NeighbourTable, build_blocks, distinct, hide
+from model.loss import Members
+from model.minibatch import Blocks, Ids, NeighbourTable, build_blocks, distinct, hide, reach
 from pipeline.contracts import schemas
 from pipeline.contracts.config import CurriculumRow, Settings
 from pipeline.contracts.datasets import Manifest, open_manifest
 from pipeline.contracts.errors import DataError
-from pipeline.contracts.replica import map_lists, map_values, map_vectors
-from pipeline.contracts.sharding import rank_bounds, shuffled
+from pipeline.contracts.replica import map_lists, map_values, map_vectors, padded
+from pipeline.contracts.sharding import chances, rank_bounds, shuffled
 from pipeline.contracts.storage import Storage
 
-_SHUFFLE, _NEGATIVES = 2, 3
+_SHUFFLE, _NEGATIVES, _DROPOUT = 2, 3, 4
 """Keep these uses of the seed apart, and apart from the network's initialisation."""
 
 
@@ -41,28 +43,27 @@ class Position(NamedTuple):
 
 @dataclass(frozen=True)
 class Examples:
-    """One rank's slice of a global batch, as ids; the negatives are the whole batch's. hard is [b, H], -1 for none."""
+    """One rank's slice of a global batch, as ids; -1 is nobody. shared are all ranks' candidates, rank after rank."""
 
     query: Ids
     positive: Ids
-    negatives: Ids
+    drawn: NDArray[np.int64]
     hard: NDArray[np.int64]
+    shared: NDArray[np.int64]
     all_query: Ids
     all_positive: Ids
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's input. The members of the examples are positions among the seeds, which every item has one of."""
+    """One step's input: blocks as tensors, and who is who among the seeds, of which every item is one."""
 
     sizes: tuple[int, ...]
     features: Tensor
     index: Tensor
     weights: Tensor
-    query: Tensor
-    positive: Tensor
-    negatives: Tensor
-    hard: Tensor
+    members: Members
+    row: CurriculumRow
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device; from pinned memory the copy does not wait."""
@@ -72,18 +73,20 @@ class Batch:
         """The same batch in memory that a GPU can fetch from by itself."""
         return self._map(lambda tensor: tensor.pin_memory())
 
-    def _map(self, change: Any) -> Batch:
-        fields = {name: change(value) if isinstance(value, Tensor) else value for name, value in vars(self).items()}
-        return Batch(**fields)
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        members = Members(*map(change, self.members))
+        return Batch(self.sizes, change(self.features), change(self.index), change(self.weights), members, self.row)
 
 
 class Loader:
-    """The batches of one rank. waited_seconds is how long `batches` kept its caller waiting."""
+    """The batches of one rank. waited_seconds is how long `batches` kept its caller waiting, copied_seconds how long
+    it handed batches over to the device."""
 
     def __init__(self, storage: Storage, settings: Settings, rank: int = 0, world_size: int = 1) -> None:
         task, cache = settings.task, settings.resources.cache
-        self.seed, self.num_layers, self.rank, self.world_size = task.seed, task.model.num_layers, rank, world_size
-        self.prefetch = settings.resources.training.prefetch
+        self._storage, self._cache = storage, cache
+        self.seed, self.rank, self.world_size = task.seed, rank, world_size
+        self.prefetch, self._workers = settings.resources.training.prefetch, settings.resources.training.workers
         self.manifests = {d.name: open_manifest(storage, d) for d in schemas.TRAIN.reads}
         self.num_items = _check_aligned(self.manifests)
         self.num_pairs = self.manifests[schemas.PAIRS.name].num_rows
@@ -105,9 +108,21 @@ class Loader:
         self._hard_indptr, self._hard = lists(schemas.HARD_NEGATIVES, "negatives")
         indptr, neighbours = lists(schemas.NEIGHBOURS, "neighbours")
         self._table = NeighbourTable.of(indptr, neighbours, lists(schemas.NEIGHBOURS, "weights")[1])
-        self._curriculum = task.training.curriculum
+        self._widths = reach(task.model.num_layers, task.model.fan_outs, self._table.width)
+        self._curriculum, self._exponent = task.training.curriculum, task.training.popularity_exponent
+        self._dropout = task.training.neighbour_dropout, task.training.content_dropout
+        self.mined: NDArray[np.integer] | None = None
+        mean, _ = self.statistics()
+        kinds = np.full(self.num_features, "content", object)
+        for column in self.manifests[schemas.FEATURES.name].metadata.get("columns", []):
+            kinds[column["start"] : column["stop"]] = column["kind"]
+        self._degree_columns, self._content_columns = (
+            np.flatnonzero(kinds == "degree"),
+            np.flatnonzero(kinds != "degree"),
+        )
+        self._content_means = np.array(mean)[self._content_columns]
         self._pinned = False
-        self.waited_seconds = 0.0
+        self.waited_seconds = self.copied_seconds = 0.0
 
     @property
     def num_features(self) -> int:
@@ -127,53 +142,118 @@ class Loader:
         return mean, std  # type: ignore[return-value]
 
     def examples(self, epoch: int, step: int) -> Examples:
-        """This rank's examples of a step, and the pairs of the whole global batch."""
-        size = self.global_batch
+        """This rank's examples of a step, and the pairs and shared negatives of the whole global batch."""
+        size, row = self.global_batch, self.row(epoch)
         seed = int(np.random.SeedSequence((self.seed, _SHUFFLE, epoch)).generate_state(1, np.uint64)[0])
         rows = shuffled(np.arange(step * size, (step + 1) * size), self.num_pairs, seed)
         query, positive = self._query[rows], self._positive[rows]
-        mine = slice(*rank_bounds(size, self.rank, self.world_size))
         generator = np.random.default_rng(np.random.SeedSequence((self.seed, _NEGATIVES, epoch, step)))
-        row = curriculum_row(self._curriculum, epoch)
-        negatives = generator.integers(0, self.num_items, row.uniform, dtype=np.uint32)
-        chances = generator.random((size, row.hard))
-        hard = self._draw_hard(query[mine], chances[mine])
-        return Examples(query[mine], positive[mine], negatives, hard, query, positive)
+        drawn = [generator.integers(0, self.num_items, row.uniform)]
+        if row.popular:
+            drawn.append(np.searchsorted(self._popularity, generator.random(row.popular), side="right"))
+        share = -(-sum(map(len, drawn)) // self.world_size)
+        padded = np.full((self.world_size, share), -1, np.int64)
+        padded.flat[: row.uniform + row.popular] = np.concatenate(drawn)
+        shared = padded
+        if row.in_batch:
+            shared = np.concatenate([padded, positive.reshape(self.world_size, -1).astype(np.int64)], axis=1)
+        mine = slice(*rank_bounds(size, self.rank, self.world_size))
+        luck = generator.random((size, row.hard + row.mined))[mine]
+        hard = drawn_from(self._hard_indptr, self._hard, query[mine], luck[:, : row.hard])
+        if row.mined:
+            if self.mined is None:
+                raise ValueError("a curriculum row draws mined negatives before any were mined")
+            numbers = np.arange(len(self.mined) + 1) * self.mined.shape[1]
+            mined = drawn_from(numbers, self.mined.reshape(-1), query[mine], luck[:, row.hard :])
+            hard = np.concatenate([hard, mined], axis=1)
+        return Examples(query[mine], positive[mine], padded[self.rank], hard, shared.reshape(-1), query, positive)
 
-    def _draw_hard(self, query: Ids, chances: NDArray[np.float64]) -> NDArray[np.int64]:
-        """One of the query's stored hard negatives per chance in [0, 1), with replacement; -1 if none are stored."""
-        starts = self._hard_indptr[query][:, None]
-        lengths = self._hard_indptr[query.astype(np.int64) + 1][:, None] - starts
-        chosen = np.full(chances.shape, -1, np.int64)
-        some = np.broadcast_to(lengths > 0, chances.shape)
-        chosen[some] = self._hard[(starts + (chances * lengths).astype(np.int64))[some]]
-        return chosen
+    @cached_property
+    def _frequency(self) -> NDArray[np.float64]:
+        """The share of the pairs in which an item is the positive [N]."""
+        return np.bincount(self._positive, minlength=self.num_items) / self.num_pairs
 
-    def blocks(self, seeds: Ids, query: Ids, positive: Ids) -> Blocks:
+    @cached_property
+    def _popularity(self) -> NDArray[np.float64]:
+        """The running sum of what an item is drawn with as a popular negative [N]."""
+        total: NDArray[np.float64] = np.cumsum(self._frequency**self._exponent * (self._frequency > 0))
+        total /= total[-1]
+        return total
+
+    def log_q(self, row: CurriculumRow, items: NDArray[np.integer]) -> NDArray[np.float32]:
+        """log_q of items, see Members."""
+        if not (row.popular or row.in_batch):
+            return np.zeros(items.shape, np.float32)
+        ids, from_batch = items.astype(np.int64), self.global_batch if row.in_batch else 0
+        expected = row.uniform / self.num_items + from_batch * self._frequency[ids]
+        if row.popular:
+            before = np.where(ids > 0, self._popularity[ids - 1], 0.0)
+            expected = expected + row.popular * (self._popularity[ids] - before)
+        total = row.uniform + row.popular + from_batch
+        result: NDArray[np.float32] = np.log(expected * self.num_items / total).astype(np.float32)
+        return result
+
+    def blocks(self, seeds: Ids, query: Ids, positive: Ids, alone: NDArray[np.bool_] | None = None) -> Blocks:
         """Blocks of the distinct seeds, in which no pair (query, positive) is seen in either direction."""
-        return build_blocks(self._table, seeds, hide(query, positive), self.num_layers)
+        return build_blocks(self._table, seeds, hide(query, positive), self._widths, alone)
+
+    def lists(self, start: int, stop: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Neighbours and weights [n, T] of items start to stop; padding weighs 0."""
+        table, rows = self._table, np.arange(start, stop)
+        index = padded(table.indptr, table.neighbours, rows, max(1, table.width), np.int32)
+        return index, padded(table.indptr, table.weights, rows, max(1, table.width), np.float32)
+
+    def questions(self) -> tuple[Ids, Ids, NDArray[np.int64], Ids]:
+        """Query and target of every validation question, and all questions' seen items with their row pointers."""
+        manifest = self.manifests[schemas.QUESTIONS.name]
+        if not manifest.num_rows:
+            nobody = np.zeros(0, np.uint32)
+            return nobody, nobody, np.zeros(1, np.int64), nobody
+        query, target = (np.asarray(map_values(self._storage, manifest, n, self._cache)) for n in ("query", "target"))
+        indptr, seen = map_lists(self._storage, manifest, "seen", self._cache)
+        return query, target, np.asarray(indptr), np.asarray(seen)
+
+    def features(self, ids: Ids) -> NDArray[np.floating]:
+        """Rows of the features [n, F] as stored."""
+        rows: NDArray[np.floating] = self._features.take(ids, axis=0)
+        return rows
 
     def batch(self, epoch: int, step: int) -> Batch:
         """All that a step needs, as tensors."""
-        examples = self.examples(epoch, step)
-        has_hard = examples.hard >= 0
-        groups = (examples.query, examples.positive, examples.negatives, examples.hard[has_hard].astype(np.uint32))
-        seeds, places = distinct(np.concatenate(groups), self.num_items)
-        query, positive, negatives, some = np.split(places, np.cumsum([len(group) for group in groups[:-1]]))
-        hard = np.full(examples.hard.shape, -1, np.int32)
-        hard[has_hard] = some
-        blocks = self.blocks(seeds, examples.all_query, examples.all_positive)
-        features = self._features.take(blocks.ids, axis=0)
-        arrays = (features, blocks.index, blocks.weights, query, positive, negatives, hard)
-        batch = Batch(blocks.sizes, *[torch.from_numpy(array) for array in arrays])
+        examples, row = self.examples(epoch, step), self.row(epoch)
+        groups: list[NDArray[np.integer]] = [
+            examples.query, examples.positive, examples.drawn, examples.hard.reshape(-1)
+        ]  # fmt: skip
+        ids = np.concatenate([group.astype(np.int64) for group in groups])
+        seeds, places = distinct(np.maximum(ids, 0).astype(np.uint32), self.num_items)
+        query, positive, drawn, hard = np.split(places, np.cumsum([len(group) for group in groups[:-1]]))
+        seed = (self.seed, _DROPOUT, epoch, step)
+        alone, silent = (
+            chances((*seed, kind), seeds) < share if share else None for kind, share in enumerate(self._dropout)
+        )
+        blocks = self.blocks(seeds, examples.all_query, examples.all_positive, alone)
+        features = self.features(blocks.ids)
+        if alone is not None:
+            features[np.flatnonzero(alone)[:, None], self._degree_columns] = 0
+        if silent is not None:
+            features[np.flatnonzero(silent)[:, None], self._content_columns] = self._content_means
+        candidates = np.flatnonzero(examples.shared >= 0)
+        shared = examples.shared[candidates]
+        members = (
+            query, positive, drawn, hard.reshape(examples.hard.shape), examples.query.astype(np.int64),
+            examples.positive.astype(np.int64), candidates, shared, examples.hard,
+            self.log_q(row, examples.positive), self.log_q(row, shared),
+        )  # fmt: skip
+        inputs, index, weights = (torch.from_numpy(array) for array in (features, blocks.index, blocks.weights))
+        batch = Batch(blocks.sizes, inputs, index, weights, Members(*map(torch.from_numpy, members)), row)
         return batch.pin() if self._pinned else batch
 
-    def batches(self, start: Position, epochs: int, device: torch.device) -> Iterator[tuple[Position, Batch]]:
-        """Batches from a position to the end of the last epoch, prepared ahead by a thread that ends with them."""
+    def batches(self, start: Position, stop: Position, device: torch.device) -> Iterator[tuple[Position, Batch]]:
+        """Batches from a position up to another, prepared ahead by threads that end with them."""
         self._pinned = device.type == "cuda"
-        positions = self._positions(start, epochs)
+        positions = self._positions(start, stop)
         ready: deque[tuple[Position, Future[Batch]]] = deque()
-        worker = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        worker = ThreadPoolExecutor(self._workers, thread_name_prefix="loader")
         try:
             while True:
                 while len(ready) < self.prefetch and (position := next(positions, None)) is not None:
@@ -183,15 +263,33 @@ class Loader:
                 position, future = ready.popleft()
                 began = time.perf_counter()
                 batch = future.result()
-                self.waited_seconds += time.perf_counter() - began
-                yield position, batch.to(device)
+                arrived = time.perf_counter()
+                batch = batch.to(device)
+                self.waited_seconds += arrived - began
+                self.copied_seconds += time.perf_counter() - arrived
+                yield position, batch
         finally:
             worker.shutdown(cancel_futures=True)
 
-    def _positions(self, start: Position, epochs: int) -> Iterator[Position]:
-        for epoch in range(start.epoch, epochs + 1):
-            for step in range(start.step if epoch == start.epoch else 0, self.steps_per_epoch):
-                yield Position(epoch, step)
+    def _positions(self, start: Position, stop: Position) -> Iterator[Position]:
+        position = start
+        while position < stop:
+            yield position
+            position = self.after(position)
+
+    def after(self, position: Position) -> Position:
+        """The step that follows."""
+        if position.step + 1 < self.steps_per_epoch:
+            return Position(position.epoch, position.step + 1)
+        return Position(position.epoch + 1, 0)
+
+    def number(self, position: Position) -> int:
+        """How many steps come before it."""
+        return (position.epoch - 1) * self.steps_per_epoch + position.step
+
+    def row(self, epoch: int) -> CurriculumRow:
+        """The negatives of an epoch."""
+        return curriculum_row(self._curriculum, epoch)
 
 
 def curriculum_row(curriculum: tuple[CurriculumRow, ...], epoch: int) -> CurriculumRow:
@@ -199,9 +297,22 @@ def curriculum_row(curriculum: tuple[CurriculumRow, ...], epoch: int) -> Curricu
     return [row for row in curriculum if row.from_epoch <= epoch][-1]
 
 
+def drawn_from(
+    indptr: NDArray[np.integer], values: NDArray[np.integer], rows: NDArray[np.integer], chances: NDArray[np.float64]
+) -> NDArray[np.int64]:
+    """One of each row's values [n, k] for every chance in [0, 1), with replacement; -1 where a row has none."""
+    starts = indptr[rows][:, None]
+    lengths = indptr[rows.astype(np.int64) + 1][:, None] - starts
+    chosen = np.full(chances.shape, -1, np.int64)
+    some = np.broadcast_to(lengths > 0, chances.shape)
+    chosen[some] = values[(starts + (chances * lengths).astype(np.int64))[some]]
+    return chosen
+
+
 def _check_aligned(manifests: dict[str, Manifest]) -> int:
     """The number of items, on which features, neighbours and hard negatives must agree."""
-    rows = {name: manifest.num_rows for name, manifest in manifests.items() if name != schemas.PAIRS.name}
+    others = (schemas.PAIRS.name, schemas.QUESTIONS.name)
+    rows = {name: manifest.num_rows for name, manifest in manifests.items() if name not in others}
     if len(set(rows.values())) != 1:
         raise DataError(f"datasets of different catalogues: {rows} rows; run `pinsage run` to bring them up to date")
     return rows[schemas.FEATURES.name]

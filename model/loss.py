@@ -6,6 +6,7 @@ no gradient. Every loss is a mean over rows, so the mean over equal ranks is the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,29 +16,66 @@ from torch import Tensor
 from pipeline.contracts import config
 
 
+class Members(NamedTuple):
+    """Who is who in one rank's part of a batch, b pairs: as rows of the rank's embeddings, and as ids.
+
+    The shared negatives of all ranks are C candidates, of which each rank embeds its n: `drawn`, and with in_batch its
+    positives. A hard negative's id of -1 is nobody. log_q is the logarithm of how often an item is expected among the
+    candidates, by how often it would be if all were uniform.
+    """
+
+    query: Tensor  # [b] rows
+    positive: Tensor  # [b]
+    drawn: Tensor  # [n]
+    hard: Tensor  # [b, H]
+    query_id: Tensor  # [b] ids
+    positive_id: Tensor  # [b]
+    shared_row: Tensor  # [C] rows of what the ranks gathered: not all, where their shares could not be equal
+    shared_id: Tensor  # [C]
+    hard_id: Tensor  # [b, H]
+    positive_log_q: Tensor  # [b]
+    shared_log_q: Tensor  # [C]
+
+
 class Scores(NamedTuple):
-    """Inner products of B queries: positive [B], shared negatives [B, N], own hard negatives [B, H]."""
+    """Inner products of b queries: positive [b], shared negatives [b, C], own hard negatives [b, H]; and log_q."""
 
     positive: Tensor
     shared: Tensor
     hard: Tensor
+    positive_log_q: Tensor
+    shared_log_q: Tensor
 
 
-def score(embeddings: Tensor, query: Tensor, positive: Tensor, negatives: Tensor, hard: Tensor) -> Scores:
+def score(
+    embeddings: Tensor,
+    members: Members,
+    gather: Callable[[Tensor], Tensor],
+    in_batch: bool = False,
+    hardest: int = 0,
+) -> Scores:
     """Scores of a batch whose members are rows of embeddings [S, d], each item being one row.
 
-    query and positive are [B], negatives [N] shared by all, hard [B, H] with -1 for a query that lacks some.
+    gather puts what the ranks embed of the shared negatives one behind the other. The `hardest` of them count again
+    as hard ones of the query.
     """
-    z_query = embeddings.index_select(0, query)
-    z_positive = embeddings.index_select(0, positive)
-    z_negatives = embeddings.index_select(0, negatives)
-    z_hard = embeddings.index_select(0, hard.clamp(min=0).flatten()).view(*hard.shape, embeddings.shape[1])
-    own = torch.stack([query, positive])[:, :, None]
-    return Scores(
-        (z_query * z_positive).sum(1),
-        (z_query @ z_negatives.T).masked_fill((negatives == own).any(0), -torch.inf),
-        torch.einsum("bd,bhd->bh", z_query, z_hard).masked_fill((hard == own).any(0) | (hard < 0), -torch.inf),
-    )
+    z_query = embeddings.index_select(0, members.query)
+    z_positive = embeddings.index_select(0, members.positive)
+    mine = embeddings.index_select(0, members.drawn)
+    z_shared = gather(torch.cat([mine, z_positive]) if in_batch else mine)
+    if len(z_shared) != len(members.shared_row):
+        z_shared = z_shared.index_select(0, members.shared_row)
+    z_hard = embeddings.index_select(0, members.hard.flatten()).view(*members.hard.shape, embeddings.shape[1])
+    own = torch.stack([members.query_id, members.positive_id])[:, :, None]
+
+    def masked(values: Tensor, ids: Tensor) -> Tensor:
+        return values.masked_fill((ids == own).any(0) | (ids < 0), -torch.inf)
+
+    shared = masked(z_query @ z_shared.T, members.shared_id)
+    hard = masked(torch.einsum("bd,bhd->bh", z_query, z_hard), members.hard_id)
+    if hardest:
+        hard = torch.cat([hard, shared.topk(min(hardest, shared.shape[1]), dim=1).values], dim=1)
+    return Scores((z_query * z_positive).sum(1), shared, hard, members.positive_log_q, members.shared_log_q)
 
 
 def max_margin(scores: Scores, margin: float) -> Tensor:
@@ -49,18 +87,47 @@ def max_margin(scores: Scores, margin: float) -> Tensor:
     Source: Ying et al. 2018, equation 1.
     """
     floor = scores.positive[:, None] - margin
-    loss = F.relu(scores.shared - floor).mean()
-    return loss + F.relu(scores.hard - floor).mean() if scores.hard.shape[1] else loss
+    return _means(F.relu(scores.shared - floor), F.relu(scores.hard - floor))
 
 
-def softmax(scores: Scores, temperature: float) -> Tensor:
-    """Cross-entropy of the positive among itself and all negatives: hard ones weigh by their score."""
-    logits = torch.cat([scores.positive[:, None], scores.shared, scores.hard], dim=1) / temperature
+def softmax(scores: Scores, temperature: float, corrected: bool = True) -> Tensor:
+    """Cross-entropy of the positive among itself and all negatives: hard ones weigh by their score.
+
+    corrected: logits of the positive and the shared negatives lose log_q (Bengio and Senecal 2008; for negatives from
+    the batch, Yi et al. 2019). Hard negatives belong to their query and are not a sample of anything.
+    """
+    positive, shared = scores.positive[:, None] / temperature, scores.shared / temperature
+    if corrected:
+        positive, shared = positive - scores.positive_log_q[:, None], shared - scores.shared_log_q
+    logits = torch.cat([positive, shared, scores.hard / temperature], dim=1)
     return (torch.logsumexp(logits, dim=1) - logits[:, 0]).mean()
+
+
+def bpr(scores: Scores, temperature: float) -> Tensor:
+    """Mean of -log sigmoid(positive - negative), shared and hard ones in means of their own (Rendle et al. 2009)."""
+    floor = scores.positive[:, None]
+    return _means(*(F.softplus((values - floor) / temperature) for values in (scores.shared, scores.hard)))
+
+
+def cross_entropy(scores: Scores, temperature: float) -> Tensor:
+    """-log sigmoid(positive) - log sigmoid(-negative): every kind of negative weighs as much as the positives.
+
+    Source: Hamilton et al. 2017, equation 1, which leaves that weight open; the paper's mean-pooling-xent.
+    """
+    negatives = (F.softplus(values / temperature) for values in (scores.shared, scores.hard))
+    return F.softplus(-scores.positive / temperature).mean() + _means(*negatives)
+
+
+def _means(shared: Tensor, hard: Tensor) -> Tensor:
+    return shared.mean() + hard.mean() if hard.shape[1] else shared.mean()
 
 
 def training_loss(scores: Scores, settings: config.Training) -> Tensor:
     """The loss that the settings name."""
     if settings.loss == "softmax":
-        return softmax(scores, settings.temperature)
+        return softmax(scores, settings.temperature, settings.correct_sampling)
+    if settings.loss == "bpr":
+        return bpr(scores, settings.temperature)
+    if settings.loss == "cross_entropy":
+        return cross_entropy(scores, settings.temperature)
     return max_margin(scores, settings.margin)

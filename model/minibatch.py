@@ -7,6 +7,7 @@ first sizes[k] rows. Cost: one pass over the lists of sizes[1] nodes; memory: 12
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -61,21 +62,47 @@ def hide(query: Ids, positive: Ids) -> HiddenEdges:
     return HiddenEdges(subjects[order], objects[order])
 
 
-def build_blocks(table: NeighbourTable, seeds: Ids, hidden: HiddenEdges, num_layers: int) -> Blocks:
-    """Blocks that embed the distinct seeds with num_layers layers, no list showing a hidden edge.
+def reach(num_layers: int, fan_outs: Sequence[int] | None, width: int) -> tuple[int, ...]:
+    """The most entries of a list that any layer reads: of the seeds', of their neighbours', and so on [num_layers].
 
-    What is left of a list with a hidden entry is scaled back to sum 1.
+    fan_outs are the layers', from the features up; all layers read the seeds, only the first the outermost nodes.
     """
+    read = [min(width, fan_out) for fan_out in fan_outs or [width] * num_layers]
+    return tuple(max(read[: num_layers - hop]) for hop in range(num_layers))
+
+
+def build_blocks(
+    table: NeighbourTable,
+    seeds: Ids,
+    hidden: HiddenEdges,
+    widths: Sequence[int],
+    alone: NDArray[np.bool_] | None = None,
+) -> Blocks:
+    """Blocks that embed the distinct seeds with a layer for each of widths, see reach; no list shows a hidden edge.
+
+    What is left of a list with a hidden entry is scaled back to sum 1. Seeds that are alone [seeds] get empty lists.
+    """
+    width = max(widths, default=table.width)
     ids, sizes = seeds, [len(seeds)]
-    index = [np.zeros((0, table.width), np.int32)]
-    weights = [np.zeros((0, table.width), np.float32)]
+    index = [np.zeros((0, width), np.int32)]
+    weights = [np.zeros((0, width), np.float32)]
     read = 0
-    for _ in range(num_layers):
+    empty = np.zeros(len(seeds), np.bool_) if alone is None else alone
+    for most in widths:
         lists, list_weights = _read_lists(
-            ids[read:], table.indptr, table.neighbours, table.weights, hidden.subjects, hidden.objects, table.width
+            ids[read:],
+            table.indptr,
+            table.neighbours,
+            table.weights,
+            hidden.subjects,
+            hidden.objects,
+            empty,
+            most,
+            width,
         )
         read = len(ids)
         ids, numbers = _renumber(ids, lists, list_weights, len(table.indptr) - 1)
+        empty = np.zeros(len(ids) - read, np.bool_)
         index.append(numbers)
         weights.append(list_weights)
         sizes.append(len(ids))
@@ -96,30 +123,35 @@ def _read_lists(
     weights: NDArray[Any],
     subjects: Ids,
     objects: Ids,
+    empty: NDArray[np.bool_],
+    most: int,
     width: int,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Lists of the rows as ids and weights [R, width]; hidden entries weigh 0."""
+    """The first `most` entries of the rows' lists that are not hidden, as ids and weights [R, width], padded with 0."""
     lists = np.zeros((rows.size, width), np.uint32)
     result = np.zeros((rows.size, width), np.float32)
     first_hidden = np.searchsorted(subjects, rows)
     for r in range(rows.size):
         start = indptr[rows[r]]
-        length = indptr[rows[r] + np.int64(1)] - start
+        length = 0 if empty[r] else indptr[rows[r] + np.int64(1)] - start
+        full = min(most, length)  # entries without anything hidden
         total = 0.0
-        found = False
+        used = 0
         for t in range(length):
-            lists[r, t] = neighbours[start + t]
-            weight = weights[start + t]
+            if used == most:
+                break
+            shown = True
             place = first_hidden[r]
             while place < subjects.size and subjects[place] == rows[r]:
-                if objects[place] == lists[r, t]:
-                    weight = np.float32(0)
-                    found = True
+                shown &= objects[place] != neighbours[start + t]
                 place += 1
-            result[r, t] = weight
-            total += weight
-        if found and total > 0:
-            for t in range(length):
+            if shown:
+                lists[r, used] = neighbours[start + t]
+                result[r, used] = weights[start + t]
+                total += weights[start + t]
+                used += 1
+        if used < full and total > 0:
+            for t in range(used):
                 result[r, t] = np.float32(result[r, t] / total)
     return lists, result
 

@@ -32,14 +32,17 @@ class PinSage(nn.Module):
 
     def __init__(self, num_features: int, settings: config.Model, seed: int = 0) -> None:
         super().__init__()
-        width = settings.output_dimensions
-        inputs = [num_features, *[width] * settings.num_layers]
+        width, count = settings.output_dimensions, settings.num_layers
         self.register_buffer("mean", torch.zeros(num_features))
         self.register_buffer("std", torch.ones(num_features))
+        fan_outs = settings.fan_outs or (None,) * count
+        keeps_all = settings.head_input == "all"
         self.convolutions = nn.ModuleList(
-            Convolution(size, settings.hidden_dimensions, width, settings.message_passing) for size in inputs[:-1]
+            Convolution(width if layer else num_features, settings, fan_outs[layer], carries=keeps_all and layer > 0)
+            for layer in range(count)
         )
-        self.G1 = nn.Linear(inputs[-1], width)
+        outputs = width * (count if keeps_all else 1)
+        self.G1 = nn.Linear(outputs if count else num_features, width)
         self.G2 = nn.Linear(width, width, bias=False)
         self.normalise_output = settings.normalise_output
         self._initialise(seed)
@@ -52,6 +55,9 @@ class PinSage(nn.Module):
                 nn.init.kaiming_uniform_(module.weight, nonlinearity="relu", generator=generator)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        for convolution in self.convolutions:
+            if isinstance(convolution, Convolution) and convolution.attention is not None:
+                nn.init.zeros_(convolution.attention.weight)  # it begins as importance pooling
 
     def set_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Features' means and standard deviations, [F] each; a constant feature (0) is divided by 1."""
@@ -65,7 +71,7 @@ class PinSage(nn.Module):
 
     def head(self, h: Tensor) -> Tensor:
         """[B, width of the last layer] to embeddings [B, d]."""
-        embeddings = self.G2(F.relu(self.G1(h)))
+        embeddings = self.G2(F.relu(self.G1(h))).to(h.dtype)
         return normalise(embeddings) if self.normalise_output else embeddings
 
     def forward(self, features: Tensor, index: Tensor, weights: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -1,8 +1,8 @@
 """One step, one epoch, one run: pairs and neighbourhoods to a trained network.
 
-Reads FEATURES, NEIGHBOURS, PAIRS and HARD_NEGATIVES; writes MODEL: model.safetensors, model.json and history.json.
-Killed and started again it goes on from its last checkpoint and ends, on CPU, with the same bytes. Memory per rank: the
-model, its optimizer and the prefetched batches.
+Reads FEATURES, NEIGHBOURS, PAIRS, QUESTIONS and HARD_NEGATIVES; writes MODEL: model.safetensors, model.json and
+history.json. Killed and started again it goes on from its last checkpoint and ends, on CPU, with the same bytes. Memory
+per rank: the model, its optimizer, a copy of both while a checkpoint is written, and the prefetched batches.
 """
 
 from __future__ import annotations
@@ -16,21 +16,26 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from model import checkpoint
+from model.catalogue import Examiner, embed_all, nearest
 from model.distributed import Group
 from model.loader import Batch, Loader, Position
 from model.loss import score, training_loss
+from model.monitor import Monitor
 from model.pinsage import PinSage
 from pipeline.contracts import config, schemas
 from pipeline.contracts.config import Settings
 from pipeline.contracts.datasets import Lineage, Manifest, begin, commit, trace, write_file
 from pipeline.contracts.errors import DataError
+from pipeline.contracts.sharding import stage_seed
 from pipeline.contracts.storage import Storage
 
+CHECKED_STEPS = 20
+"""On a GPU the loss is looked at once in so many steps: to look is to wait for the device."""
+EXPLODED = 1000.0
+"""A loss so many times the first step's has left all sense."""
 logger = logging.getLogger(__name__)
 
 
@@ -41,36 +46,67 @@ def lineage(storage: Storage, settings: Settings, world_size: int) -> Lineage:
 
 @dataclass
 class Progressed:
-    """How far training is: the next step to do, the losses of the finished epochs, the sum of this epoch's."""
+    """How far training is, and what was found on the way.
+
+    loss_sum is this epoch's, first_loss the first step's. mined_with are the weights that the mined negatives in use
+    were found with; best those of the best measurement, if they are wanted.
+    """
 
     position: Position = field(default_factory=lambda: Position(1, 0))
     loss_sum: float = 0.0
-    history: list[dict[str, float]] = field(default_factory=list)
+    first_loss: float | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    mined_with: dict[str, Tensor] | None = None
+    best: dict[str, Any] | None = None
+    without_better: int = 0
 
 
 def train(storage: Storage, settings: Settings, lineage: Lineage, group: Group) -> None:
     """Train to the end from wherever the last checkpoint left off, and commit the model.
 
-    Every rank calls it. Raises DataError if the datasets do not fit or the loss is no longer a number.
+    Every rank calls it. Raises DataError if the datasets do not fit or the loss is no longer a number, SettingsError
+    if there is a checkpoint of other settings.
     """
+    resources = settings.resources.training
     loader = Loader(storage, settings, group.rank, group.world_size)
     trainer = Trainer(settings, loader, group)
     saved = group.from_first(checkpoint.read(storage) if group.is_first else None)
-    trainer.load(checkpoint.decode(saved, lineage.fingerprint))
-    every = settings.resources.training.checkpoint_every_steps
-    start, epochs = trainer.done.position, settings.task.training.epochs
-    with _Display(settings.task.training, loader, start, shown=group.is_first) as display:
-        for position, batch in loader.batches(start, epochs, group.device):
-            if position == start and group.world_size > 1:
-                trainer.rehearse(batch)
-            display.step(position, trainer.step(position, batch))
-            ends_epoch = position.step + 1 == loader.steps_per_epoch
-            if ends_epoch:
-                display.epoch(trainer.end_epoch(position.epoch))
-            if group.is_first and (ends_epoch or (position.step + 1) % every == 0):
-                checkpoint.save(storage, lineage.fingerprint, trainer.state())
+    keeper = checkpoint.Keeper(storage, lineage, resources.keep_checkpoints)
+    state = checkpoint.decode(saved, lineage)
+    trainer.load(state)
+    keeper.kept = [(name, metric) for name, metric in (state or {"kept": []})["kept"]]
+    last_saved, is_due = time.monotonic(), False
+    stop = Position(settings.task.training.epochs + 1, 0)
+    start = first = trainer.done.position
+    with Monitor(storage, settings, loader, start, shown=group.is_first) as monitor:
+        try:
+            while start < stop and not trainer.is_enough():
+                trainer.mine(start)
+                for position, batch in loader.batches(start, trainer.mined_until(start, stop), group.device):
+                    if position == first and group.world_size > 1:
+                        trainer.rehearse(batch)
+                    trainer.step(position, batch)
+                    metric = None
+                    ends_epoch = loader.after(position).epoch > position.epoch
+                    if ends_epoch:
+                        line = trainer.end_epoch(position.epoch)
+                        metric = line.get(settings.task.training.validation.metric)
+                        monitor.epoch(line)
+                    else:
+                        monitor.step(position, trainer.loss)
+                    is_due |= ends_epoch or (position.step + 1) % resources.checkpoint_every_steps == 0
+                    is_due |= time.monotonic() - last_saved > 60 * resources.checkpoint_every_minutes
+                    if is_due and trainer.is_settled and group.is_first:
+                        keeper.save(loader.number(trainer.done.position), trainer.state(), metric)
+                        last_saved, is_due = time.monotonic(), False
+                    if trainer.is_enough():
+                        break
+                start = trainer.done.position
+        finally:
+            keeper.close()
     if group.is_first:
         _commit_model(storage, settings, lineage, trainer)
+        checkpoint.delete(storage)
 
 
 class Trainer:
@@ -85,6 +121,25 @@ class Trainer:
         optimizer = torch.optim.SGD if self.settings.optimizer == "sgd" else torch.optim.Adam
         self.optimizer: torch.optim.Optimizer = optimizer(self.model.parameters(), lr=self.settings.learning_rate)
         self.done = Progressed()
+        self.loss = math.nan
+        self._unseen: list[Tensor] = []
+        wanted = self.settings.validation
+        self.examiner = Examiner(
+            loader, wanted.full_catalogue, wanted.sample, stage_seed(settings.task.seed, schemas.TRAIN.name)
+        )
+        self._check(wanted)
+
+    def _check(self, wanted: config.Validation) -> None:
+        """DataError where the settings ask for what the data cannot give."""
+        needs = [name for name, asked in (("patience", wanted.patience), ("keep", wanted.keep == "best")) if asked]
+        if needs and not (wanted.every_epochs and len(self.examiner)):
+            why = "every_epochs is 0" if not wanted.every_epochs else "there are no validation events: see task.split"
+            raise DataError(f"task.training.validation.{needs[0]} needs measurements, but {why}")
+        if any(row.mined for row in self.settings.curriculum) and self.loader.num_items > wanted.full_catalogue:
+            raise DataError(
+                f"mined negatives need the whole catalogue embedded: {self.loader.num_items} items are more than "
+                f"task.training.validation.full_catalogue, {wanted.full_catalogue}; raise it, or use hard or hardest"
+            )
 
     def rehearse(self, batch: Batch) -> None:
         """One backward pass for nothing.
@@ -95,55 +150,145 @@ class Trainer:
         self._loss(batch).backward()
 
     def _loss(self, batch: Batch) -> Tensor:
-        embeddings = self.network(batch.features, batch.index, batch.weights, batch.sizes)
-        scores = score(embeddings, batch.query, batch.positive, batch.negatives, batch.hard)
-        return training_loss(scores, self.settings)
+        device = self.group.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
+            embeddings = self.network(batch.features, batch.index, batch.weights, batch.sizes)
+        row = batch.row
+        return training_loss(
+            score(embeddings, batch.members, self.group.gather, row.in_batch, row.hardest), self.settings
+        )
 
-    def step(self, position: Position, batch: Batch) -> float:
-        """One update; returns the loss of the global batch."""
+    def step(self, position: Position, batch: Batch) -> None:
+        """One update."""
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._loss(batch)
-        value = self.group.mean(loss)
-        if not math.isfinite(value):
-            raise DataError(
-                f"the loss is {value} at epoch {position.epoch} step {position.step}: training has diverged; "
-                f"lower task.training.learning_rate (now {self.settings.learning_rate}) or lengthen "
-                f"task.training.warmup_epochs (now {self.settings.warmup_epochs}), and look for outliers in features"
-            )
         loss.backward()
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = learning_rate(self.settings, position, self.loader.steps_per_epoch)
+        self._unseen.append(loss.detach())
+        if self.group.device.type == "cpu" or len(self._unseen) == CHECKED_STEPS:
+            self._look(position)
         self.optimizer.step()
         self.done.position = Position(position.epoch, position.step + 1)
-        self.done.loss_sum += value
-        return value
 
-    def end_epoch(self, epoch: int) -> dict[str, float]:
-        """Close the epoch; returns its line of the history."""
-        steps = self.loader.steps_per_epoch
-        line = {"epoch": epoch, "loss": self.done.loss_sum / steps, "pairs": steps * self.loader.global_batch}
-        self.done = Progressed(Position(epoch + 1, 0), 0.0, [*self.done.history, line])
+    def _look(self, position: Position) -> None:
+        """Take the losses since the last look; DataError if training has diverged, before anything of it is saved."""
+        if not self._unseen:
+            return
+        values = self.group.means(torch.stack(self._unseen))
+        first = position.step + 1 - len(values)
+        self._unseen.clear()
+        for step, value in enumerate(values, start=first):
+            if self.done.first_loss is None:
+                self.done.first_loss = value
+            limit = EXPLODED * max(abs(self.done.first_loss), 1e-3)
+            if not math.isfinite(value) or value > limit:
+                began = f"; it began at {self.done.first_loss:.4g}" if math.isfinite(self.done.first_loss) else ""
+                raise DataError(
+                    f"the loss is {value} at epoch {position.epoch} step {step}{began}: training has diverged; "
+                    f"lower task.training.learning_rate (now {self.settings.learning_rate}) or lengthen "
+                    f"task.training.warmup_epochs (now {self.settings.warmup_epochs}), and look for outliers in "
+                    "features. The last checkpoint is from before"
+                )
+            self.done.loss_sum += value
+            self.loss = value
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether every loss was looked at: what is not a number must never be saved."""
+        return not self._unseen
+
+    def end_epoch(self, epoch: int) -> dict[str, Any]:
+        """Close the epoch, and ask how good the network is if it is time to; returns its line of the history."""
+        steps, wanted = self.loader.steps_per_epoch, self.settings.validation
+        self._look(Position(epoch, steps - 1))
+        line: dict[str, Any] = {
+            "epoch": epoch, "loss": self.done.loss_sum / steps, "pairs": steps * self.loader.global_batch
+        }  # fmt: skip
+        is_last = epoch == self.settings.epochs
+        if len(self.examiner) and wanted.every_epochs and (is_last or epoch % wanted.every_epochs == 0):
+            line |= self.examiner.ask(self.model, self.group)
+            if self.done.best is None or line[wanted.metric] > self.done.best["metric"]:
+                weights = {name: value.clone() for name, value in self.model.state_dict().items()}
+                self.done.best = {"epoch": epoch, "metric": line[wanted.metric]}
+                self.done.best |= {"weights": weights} if wanted.keep == "best" else {}
+                self.done.without_better = 0
+            else:
+                self.done.without_better += 1
+        self.done.position, self.done.loss_sum = Position(epoch + 1, 0), 0.0
+        self.done.history = [*self.done.history, line]
         return line
+
+    def is_enough(self) -> bool:
+        """Whether so many measurements brought nothing better that training ends early."""
+        return 0 < self.settings.validation.patience <= self.done.without_better
+
+    # -------------------------------------------------------------------------------------------- mined negatives
+
+    def mined_until(self, start: Position, stop: Position) -> Position:
+        """The step before which negatives must be mined again, or stop."""
+        every, position = self.settings.mining.every_steps, start
+        if not any(row.mined for row in self.settings.curriculum):
+            return stop
+        while position < stop:
+            after = Position(position.epoch + 1, 0)
+            if self.loader.row(position.epoch).mined:
+                due = Position(position.epoch, (position.step // every + 1) * every)
+                return due if due.step < self.loader.steps_per_epoch else after
+            position = after
+            if position < stop and self.loader.row(position.epoch).mined:
+                return position
+        return stop
+
+    def mine(self, position: Position) -> None:
+        """Have the network, as it is, find the hard negatives of the steps to come, if they are to have any.
+
+        A run resumed between two findings finds them with the weights of then.
+        """
+        if not self.loader.row(position.epoch).mined:
+            return
+        settings = self.settings.mining
+        if position.step % settings.every_steps == 0 or self.done.mined_with is None:
+            self.done.mined_with = {name: value.clone() for name, value in self.model.state_dict().items()}
+        now = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.model.load_state_dict(self.done.mined_with)
+        vectors = embed_all(self.model, self.loader, self.group)
+        self.model.load_state_dict(now)
+        self.loader.mined = nearest(vectors, *settings.ranks, self.group)
+
+    # -------------------------------------------------------------------------------------------- state
 
     def state(self) -> dict[str, Any]:
         """All that training needs to go on; random numbers come from the position, so it holds no generator."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            **{name: value for name, value in vars(self.done).items() if name != "position"},
             "position": list(self.done.position),
-            "loss_sum": self.done.loss_sum,
-            "history": self.done.history,
+            "global_batch": self.loader.global_batch,
         }
 
     def load(self, state: dict[str, Any] | None) -> None:
         """Go on from a state; None is the beginning."""
         if state is None:
             return
+        if state["global_batch"] != self.loader.global_batch:
+            raise DataError(
+                f"the checkpoint was made with batches of {state['global_batch']} pairs, {self.group.world_size} ranks "
+                f"share {self.loader.global_batch}; use a number of ranks that divides task.training.batch_size, or "
+                "give the checkpoint up with `pinsage train --force`"
+            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.done = Progressed(Position(*state["position"]), state["loss_sum"], state["history"])
+        fields = {name: state[name] for name in vars(self.done)}
+        self.done = Progressed(**{**fields, "position": Position(*state["position"])})
         if self.group.is_first:
             logger.info("going on from the checkpoint at epoch %d step %d", *self.done.position)
+
+    def result(self) -> dict[str, Tensor]:
+        """The weights that become the model."""
+        best = self.done.best
+        return best["weights"] if best is not None and "weights" in best else self.model.state_dict()
 
 
 def learning_rate(settings: config.Training, position: Position, steps_per_epoch: int) -> float:
@@ -161,7 +306,7 @@ def _commit_model(storage: Storage, settings: Settings, lineage: Lineage, traine
         "model": settings.task.model.model_dump(mode="json"),
         "columns": features.metadata.get("columns", []),
     }
-    weights = {name: tensor.cpu().contiguous() for name, tensor in trainer.model.state_dict().items()}
+    weights = {name: tensor.cpu().contiguous() for name, tensor in trainer.result().items()}
     files = {
         "model.safetensors": safetensors.torch.save(weights),
         "model.json": _json(description),
@@ -170,69 +315,11 @@ def _commit_model(storage: Storage, settings: Settings, lineage: Lineage, traine
     begin(storage, schemas.MODEL)
     name = schemas.MODEL.name
     shards = [write_file(storage, name, file, data, lineage) for file, data in files.items()]
-    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    return commit(storage, schemas.MODEL, shards, lineage, {"parameters": parameters})
+    metadata: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in trainer.model.parameters())}
+    if trainer.done.best is not None:
+        metadata["best"] = {key: value for key, value in trainer.done.best.items() if key != "weights"}
+    return commit(storage, schemas.MODEL, shards, lineage, metadata)
 
 
 def _json(tree: object) -> bytes:
     return json.dumps(tree, indent=1, sort_keys=True).encode()
-
-
-class _Display:
-    """What the first rank shows: a bar on a terminal, elsewhere one line per epoch."""
-
-    def __init__(self, settings: config.Training, loader: Loader, start: Position, shown: bool) -> None:
-        self.loader, self.epochs = loader, settings.epochs
-        console = Console(quiet=not shown, highlight=False)
-        self.bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]:,.0f} pairs/s"),
-            TextColumn("loss {task.fields[loss]:.4f}"),
-            TextColumn("waiting {task.fields[waiting]:.0%}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not (shown and console.is_terminal),
-        )
-        steps = loader.steps_per_epoch
-        self.task = self.bar.add_task(
-            "training",
-            total=settings.epochs * steps,
-            completed=(start.epoch - 1) * steps + start.step,
-            rate=0.0,
-            loss=0.0,
-            waiting=0.0,
-        )
-        self._restart()
-
-    def __enter__(self) -> _Display:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()
-
-    def step(self, position: Position, loss: float) -> None:
-        """One more step."""
-        self.steps += 1
-        rate, waiting = self._speed()
-        self.bar.update(self.task, advance=1, rate=rate, waiting=waiting, loss=loss)
-
-    def epoch(self, line: dict[str, float]) -> None:
-        """One more epoch."""
-        rate, waiting = self._speed()
-        self.bar.console.print(
-            f"training: epoch {line['epoch']}/{self.epochs}  loss {line['loss']:.4f}  "
-            f"{rate:,.0f} pairs/s  waiting {waiting:.0%}"
-        )
-        self._restart()
-
-    def _restart(self) -> None:
-        self.steps, self.began, self.waited_before = 0, time.perf_counter(), self.loader.waited_seconds
-
-    def _speed(self) -> tuple[float, float]:
-        """Pairs per second in this epoch, and the share of its time spent waiting for data."""
-        seconds = time.perf_counter() - self.began
-        waited = self.loader.waited_seconds - self.waited_before
-        return self.steps * self.loader.global_batch / seconds, waited / seconds

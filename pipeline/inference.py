@@ -53,8 +53,8 @@ class Network(Protocol):
     def project(self, layer: int, hidden: Array) -> Array:
         """What an item [n, d] says to those that have it as neighbour [n, m]."""
 
-    def pool(self, projected: Array, neighbours: Array, weights: Array) -> Array:
-        """Weighted sums [n, m] of rows of projected [N, m], by neighbours and weights [n, T]."""
+    def pool(self, layer: int, projected: Array, neighbours: Array, weights: Array) -> Array:
+        """What items get [n, m] from rows of projected [N, m], by neighbours and weights [n, T]."""
 
     def combine(self, layer: int, hidden: Array, pooled: Array) -> Array:
         """An item's next vector [n, d] from its own [n, d'] and its neighbours' [n, m]."""
@@ -115,7 +115,7 @@ class _Steps:
         def make(start: int, stop: int) -> pa.Table:
             table = map_vectors(storage, messages, "vector", cache)
             index, weights = _neighbourhoods(storage, neighbours, start, stop)
-            pooled = network.pool(table, index, weights)
+            pooled = network.pool(layer, table, index, weights)
             return _layer_rows(start, network.combine(layer, load(start, stop), pooled), dtype)
 
         return self._layer(f"{schemas.LAYERS.name}/output-{layer + 1}", make, f"inference: combine layer {layer + 1}")

@@ -1,11 +1,14 @@
-"""Training pairs, and every query's hard negatives.
+"""Training pairs, every query's hard negatives, and what the trainer is asked while it trains.
 
 Reads INTERACTIONS, ITEMS and the graph; writes PAIRS (items that one user touched one after the other in the training
-period) and HARD_NEGATIVES (items drawn from a range of PPR ranks: near, but not nearest; empty for items that are no
-query). One shard per task; pairs need no shuffle, as interactions are stored in the users' order.
+period), QUESTIONS (validation events: the item before and the item itself) and HARD_NEGATIVES (items drawn from a range
+of PPR ranks: near, but not nearest; empty for items that are no query). One shard per task; pairs need no shuffle, as
+interactions are stored in the users' order.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -18,20 +21,22 @@ from pipeline.contracts.config import Pairs, Settings
 from pipeline.contracts.datasets import (
     Lineage,
     Manifest,
-    begin,
-    commit,
-    finished_manifest,
     lists_to_arrow,
     open_manifest,
     read_shard,
 )
 from pipeline.contracts.errors import DataError
-from pipeline.contracts.sharding import stage_seed
+from pipeline.contracts.sharding import chances, stage_seed
 from pipeline.contracts.storage import Storage
 from pipeline.exchange import gather, scatter
 from pipeline.neighbourhoods import Neighbourhoods, blocks, choose
-from pipeline.spark import make_shards
+from pipeline.questions import Events, item_to_item
+from pipeline.spark import Task
+from pipeline.steps import Output, Report, run_step
 
+_SCRATCH = f"{schemas.PAIRS_STAGE.name}-ranking"
+MAX_QUESTIONS = 1 << 20
+"""Of one user, for the purpose of drawing: questions beyond are drawn all or none."""
 _BLOCK = 1024
 """Queries ranked at once: bounds memory to this many rows of ranks."""
 _QUERIES = pa.schema([("query", pa.uint32())])
@@ -39,30 +44,52 @@ _NONE = np.zeros(0, np.uint32)
 
 
 def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Lineage) -> None:
-    """Write the pairs, then the hard negatives."""
-    if finished_manifest(storage, schemas.PAIRS, lineage) is None:
-        _store_pairs(spark, storage, settings, lineage)
+    """Write the pairs and the questions, then the hard negatives."""
+    _store_pairs(spark, storage, settings, lineage)
     _store_hard_negatives(spark, storage, settings, lineage)
 
 
 def _store_pairs(spark: SparkSession, storage: Storage, settings: Settings, lineage: Lineage) -> None:
-    begin(storage, schemas.PAIRS)
-    pairs_settings = settings.task.pairs
-    interactions = open_manifest(storage, schemas.INTERACTIONS)
+    wanted, interactions = settings.task.pairs, open_manifest(storage, schemas.INTERACTIONS)
+    seed = stage_seed(settings.task.seed, schemas.QUESTIONS.name)
+    share = min(1.0, wanted.questions / max(1, int(interactions.metadata.get("validation", wanted.questions))))
 
-    def pair(shard: int) -> pa.Table:
-        rows = read_shard(storage, interactions, shard)
-        return consecutive_pairs(rows, pairs_settings.window, pairs_settings.max_gap_seconds)
+    def make(task: Task) -> tuple[Sequence[pa.Table], Report]:
+        rows = read_shard(storage, interactions, task["shard"])
+        pairs = consecutive_pairs(rows, wanted.window, wanted.max_gap_seconds)
+        return (pairs, validation_questions(rows, share, seed)), {"pairs": pairs.num_rows}
 
-    num_shards = len(interactions.shards)
-    shards = make_shards(spark, storage, schemas.PAIRS, lineage, num_shards, pair, "pairs: training pairs")
-    num_pairs = sum(shard.rows for shard in shards)
-    if not num_pairs:
-        raise DataError(
-            "there is no training pair: no user has two different items within task.pairs.max_gap_seconds in the "
-            "training period; give interactions with longer histories, or another column as user"
-        )
-    commit(storage, schemas.PAIRS, shards, lineage, {"pairs": num_pairs})
+    def describe(reports: list[Report]) -> dict[str, int]:
+        num_pairs = sum(report["pairs"] for report in reports)
+        if not num_pairs:
+            raise DataError(
+                "there is no training pair: no user has two different items within task.pairs.max_gap_seconds in the "
+                "training period; give interactions with longer histories, or another column as user"
+            )
+        return {"pairs": num_pairs}
+
+    tasks = [{"shard": shard} for shard in range(len(interactions.shards))]
+    outputs = Output(schemas.PAIRS, describe=describe), Output(schemas.QUESTIONS)
+    run_step(spark, storage, lineage, f"{_SCRATCH}/events", tasks, outputs, make, "pairs: pairs and questions")
+
+
+def validation_questions(interactions: pa.Table, share: float, seed: int) -> pa.Table:
+    """A share of the validation events of whole users: query, target, and what is no candidate.
+
+    An event that a user begins with, or that repeats an item, cannot be asked about. Which are drawn depends on the
+    seed, the user and the event's place among the user's, not on the shard.
+    """
+    columns = (interactions.column(name).to_numpy() for name in ("user_id", "item_id", "timestamp", "split"))
+    events = Events(*(column.astype(np.int64) for column in columns))
+    _, questions, users = item_to_item(events, split=schemas.VALIDATION_SPLIT)
+    nth = np.arange(len(users)) - np.searchsorted(users, users)  # the questions are in the order of users
+    asked = np.flatnonzero(chances((seed,), users * MAX_QUESTIONS + np.minimum(nth, MAX_QUESTIONS - 1)) < share)
+    starts, lengths = questions.seen_indptr[asked], np.diff(questions.seen_indptr)[asked]
+    indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    places = np.arange(indptr[-1]) + np.repeat(starts - indptr[:-1], lengths)
+    seen = lists_to_arrow(indptr, questions.seen[places].astype(np.uint32))
+    ids = (pa.array(values[asked], pa.uint32()) for values in (questions.items, questions.targets))
+    return pa.table([*ids, seen], schema=schemas.QUESTIONS.arrow)
 
 
 def consecutive_pairs(interactions: pa.Table, window: int, max_gap_seconds: int) -> pa.Table:
@@ -113,7 +140,7 @@ def _store_hard_negatives(spark: SparkSession, storage: Storage, settings: Setti
     """Rank by composing every query's whole first hop with rows of its nearest items; draw from the ranks."""
     pairs, seed = settings.task.pairs, stage_seed(settings.task.seed, schemas.PAIRS_STAGE.name)
     near = Neighbourhoods(
-        spark, storage, settings, lineage, schemas.PAIRS_STAGE.name + "-ranking",
+        spark, storage, settings, lineage, _SCRATCH,
         choose(storage, settings.resources).strategy,
     )  # fmt: skip
     first, high = rank_range(pairs, settings.task.walks.num_neighbours, near.num_items)

@@ -250,10 +250,22 @@ def _training_card(history: Sequence[Metrics] | None) -> str:
     curve = [(float(epoch["epoch"]), float(epoch["loss"])) for epoch in epochs]
     facts = {"epochs": len(epochs), "last loss": f"{curve[-1][1]:.4f}"}
     drawing = line(curve, "epoch", "loss") if len(curve) > 1 else ""
-    return (
-        f'<div class="card"><b>Training</b>{_facts(facts)}<figure><figcaption>training loss; harder negatives join by '
-        f"the curriculum, so it may rise</figcaption>{drawing}</figure></div>"
+    figures = (
+        "<figure><figcaption>training loss; harder negatives join by the curriculum, so it may rise</figcaption>"
+        f"{drawing}</figure>"
     )
+    asked = [epoch for epoch in epochs if "mrr" in epoch]
+    if asked:
+        best = max(asked, key=lambda epoch: float(epoch["mrr"]))
+        among = "all" if best["full_catalogue"] else "a fixed sample of"
+        facts["best validation"] = (
+            f"MRR {best['mrr']:.4f}, hit-rate@10 {best['hit_rate@10']:.4f}, epoch {best['epoch']}"
+        )
+        facts["asked"] = f"{best['questions']:,} questions among {among} {best['candidates']:,} items"
+    if len(asked) > 1:
+        points = [(float(epoch["epoch"]), float(epoch["mrr"])) for epoch in asked]
+        figures += f"<figure><figcaption>MRR on validation events</figcaption>{line(points, 'epoch', 'MRR')}</figure>"
+    return f'<div class="card"><b>Training</b>{_facts(facts)}{figures}</div>'
 
 
 def _embeddings_card(health: Metrics) -> str:

@@ -238,6 +238,8 @@ class Pairs(Section):
     """Ranks beyond an item's own first hop come from the rows of this many nearest items."""
     compose_width: PositiveInt = 100
     """Entries of each of those rows."""
+    questions: Count = 5000
+    """About how many validation events the trainer is asked about while it trains, drawn once."""
 
     @model_validator(mode="after")
     def _ranks_are_in_order(self) -> Pairs:
@@ -255,10 +257,28 @@ class Model(Section):
     """m: width of a neighbour's message (paper: 2048)."""
     output_dimensions: PositiveInt = 128
     """d: width of every layer's output and of the embedding (paper: 1024)."""
+    pooling: Literal["importance", "mean", "max", "attention"] = "importance"
+    """How neighbours' messages become one. importance: the sum, weighted by visits (the paper); mean and max: its
+    baselines; attention: the weight of a neighbour is multiplied by what it says of itself, learned."""
+    fan_outs: tuple[PositiveInt, ...] | None = None
+    """Neighbours that each layer reads of those stored, from the features up: [10, 50] reads 10 in the first layer, of
+    which there are many, and 50 in the second. None: all in each (the paper)."""
+    residual: bool = False
+    """Add an item's own vector to what each layer makes of it, before it is scaled to length 1."""
+    head_input: Literal["last", "all"] = "last"
+    """What the head reads: the last layer's output (the paper), or the outputs of all, side by side."""
     normalise_output: bool = True
     """Scale embeddings to length 1 after the head, so that inner product is cosine. Paper-exact: false."""
     message_passing: Literal["torch", "dgl"] = "torch"
     """Who sums over neighbours; both give the same result, torch is faster and needs no DGL."""
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Model:
+        if self.fan_outs is not None and len(self.fan_outs) != self.num_layers:
+            raise ValueError(f"fan_outs names {len(self.fan_outs)} layers, num_layers is {self.num_layers}")
+        if self.pooling == "max" and self.message_passing == "dgl":
+            raise ValueError("pooling max has no dgl version; set message_passing to torch")
+        return self
 
 
 class CurriculumRow(Section):
@@ -266,24 +286,83 @@ class CurriculumRow(Section):
 
     from_epoch: PositiveInt
     """First epoch, from 1, that this row is for."""
-    uniform: PositiveInt = 500
+    uniform: Count = 500
     """Negatives drawn uniformly from the catalogue and shared by the whole batch (paper: 500)."""
+    popular: Count = 0
+    """Negatives drawn by popularity ** popularity_exponent and shared by the whole batch."""
+    in_batch: bool = False
+    """Whether the positives of the batch's other pairs, of all ranks, are negatives too: as popular as positives are,
+    and embedded anyway. Beside uniform ones they are what is called mixed negative sampling."""
     hard: Count = 0
-    """Hard negatives drawn for every query (paper: epoch n uses n-1, at most 6)."""
+    """Hard negatives of each query by PPR rank (paper: epoch n uses n-1, at most 6)."""
+    hardest: Count = 0
+    """Of the shared negatives, how many that score highest for a query count again as its hard ones."""
+    mined: Count = 0
+    """Hard negatives of each query from among the model's own nearest items, see mining."""
+
+    @model_validator(mode="after")
+    def _has_negatives(self) -> CurriculumRow:
+        if not (self.uniform or self.popular or self.in_batch):
+            raise ValueError("a row needs shared negatives: uniform, popular or in_batch")
+        return self
 
 
 PAPER_CURRICULUM = tuple(CurriculumRow(from_epoch=epoch, hard=epoch - 1) for epoch in range(1, 8))
 
 
+class Mining(Section):
+    """Hard negatives by the current model: every item's nearest ones, found anew from time to time."""
+
+    every_steps: PositiveInt = 1000
+    """How many steps a finding is used, once a curriculum row asks for mined negatives."""
+    ranks: tuple[PositiveInt, PositiveInt] = (20, 200)
+    """First and last rank to draw from, counted from 1 by score: the very nearest are likely to be right."""
+
+    @model_validator(mode="after")
+    def _ranks_rise(self) -> Mining:
+        if self.ranks[0] > self.ranks[1]:
+            raise ValueError(f"ranks {list(self.ranks)} must rise")
+        return self
+
+
+class Validation(Section):
+    """How good the network is while it trains: ranks of the targets of task.pairs.questions, never of test events."""
+
+    every_epochs: Count = 1
+    """Epochs between two measurements; 0: none are made."""
+    full_catalogue: PositiveInt = 200_000
+    """Up to so many items, targets are ranked among all; beyond, among a fixed sample, and the history says so."""
+    sample: PositiveInt = 20_000
+    """Size of that sample; the targets come on top."""
+    metric: Literal["mrr", "hit_rate@10", "recall@100"] = "mrr"
+    """What decides which state is best."""
+    patience: Count = 0
+    """Stop after so many measurements without a better one; 0: train all epochs."""
+    keep: Literal["last", "best"] = "last"
+    """Which state becomes the model: the last, or the best by the metric."""
+
+
 class Training(Section):
     """Plain PyTorch, one process or DDP under torchrun, the same command."""
 
-    loss: Literal["max_margin", "softmax"] = "max_margin"
-    """max_margin: the paper's; softmax: sampled softmax over the same negatives."""
+    loss: Literal["max_margin", "softmax", "bpr", "cross_entropy"] = "max_margin"
+    """max_margin: the paper's; softmax: sampled softmax over the same negatives; bpr: every negative against the
+    positive by a logistic loss; cross_entropy: positive and negatives each by a logistic loss of its own (the paper's
+    baseline, GraphSAGE's loss)."""
     margin: Annotated[float, Field(ge=0.0)] = 0.1
     """max_margin: how far above a negative a positive must score (not published)."""
     temperature: Annotated[float, Field(gt=0.0)] = 0.1
-    """softmax: scores are divided by this; only sensible with normalise_output."""
+    """All losses but max_margin: scores are divided by this; small values are only sensible with normalise_output."""
+    correct_sampling: bool = True
+    """softmax: subtract the logarithm of how often an item is expected among the shared negatives (logQ), so that
+    popular items are not pushed away for being drawn more often. Nothing changes where all are uniform."""
+    popularity_exponent: Annotated[float, Field(ge=0.0, le=1.0)] = 0.75
+    """For negatives drawn by popularity: 1 as often as they are positives, 0 uniformly (word2vec: 0.75)."""
+    neighbour_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of the items of a batch that are shown as new: without neighbours and with degree 0, so that the network
+    learns to embed those that are (DropoutNet, Volkovs et al. 2017)."""
+    content_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of the items of a batch whose own content is hidden, so that neighbours must speak for them."""
     epochs: PositiveInt = 8
     """Passes over the pairs, each in another order; the curriculum and the learning rate count in them."""
     batch_size: PositiveInt = 2048
@@ -297,8 +376,13 @@ class Training(Section):
     """Length of the linear warm-up (paper: epoch 1)."""
     decay_per_epoch: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
     """Factor on the rate per epoch after the warm-up, applied step by step."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the matrix products. bfloat16 is faster on processors and GPUs that have it in hardware; sums over neighbours,
+    the loss and the weights stay float32."""
     curriculum: tuple[CurriculumRow, ...] = PAPER_CURRICULUM
     """Which negatives from which epoch; the last row that has begun counts."""
+    mining: Mining = Mining()
+    validation: Validation = Validation()
 
     @model_validator(mode="after")
     def _curriculum_is_in_order(self) -> Training:
@@ -421,8 +505,18 @@ class TrainingResources(Section):
     """auto: cuda where torch sees one."""
     prefetch: PositiveInt = 4
     """Batches prepared ahead of the device."""
+    workers: PositiveInt = 1
+    """Threads of each rank that prepare batches; where the device is a GPU, one is too few."""
     checkpoint_every_steps: PositiveInt = 500
-    """A killed run loses at most this many steps."""
+    """A killed run loses at most this many steps, or checkpoint_every_minutes."""
+    checkpoint_every_minutes: Annotated[float, Field(gt=0.0)] = 10.0
+    """Where steps are slow, the clock decides. Checkpoints are written while training goes on."""
+    keep_checkpoints: PositiveInt = 2
+    """How many of the last checkpoints are kept until the model is there; the best is kept too."""
+    max_restarts: Count = 3
+    """How often torchrun starts all ranks again, from the last checkpoint, after one died."""
+    tensorboard: bool = False
+    """Also write events for TensorBoard, into training/tensorboard of the run."""
     master_port: Count = 0
     """Port where the ranks meet; 0: any free one."""
 
@@ -465,8 +559,20 @@ def load_settings(source: str, overrides: Sequence[str] = ()) -> Settings:
     """Read, override and check a settings file.
 
     source is a path or any fsspec URL of a YAML file. overrides are `dotted.key=value`, the value read as YAML.
-    Relative paths inside the file start at its folder. Raises SettingsError naming every wrong key at once.
+    Relative paths inside the file start at its folder. Its key `base` may name another file of that folder, of which
+    it says what differs: mappings are merged key by key, all else is replaced. Raises SettingsError naming every wrong
+    key at once.
     """
+    tree = _read_tree(source)
+    for override in overrides:
+        _apply_override(tree, override)
+    local = source.removeprefix("file://")
+    base = posixpath.dirname(source) if "://" in local else os.path.dirname(os.path.realpath(local))
+    return parse_settings(tree, where=source, base=base)
+
+
+def _read_tree(source: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The file as plain values, laid over those of its base."""
     action = f"read the settings file {source}"
     try:
         text = retry(action, lambda: _read(source)).decode()
@@ -483,11 +589,22 @@ def load_settings(source: str, overrides: Sequence[str] = ()) -> Settings:
     if not isinstance(tree, dict):
         found = "is empty" if tree is None else f"holds a {type(tree).__name__}"
         raise SettingsError(f"{source} {found}, expected the keys task and resources; `pinsage init DATA` writes them")
-    for override in overrides:
-        _apply_override(tree, override)
-    local = source.removeprefix("file://")
-    base = posixpath.dirname(source) if "://" in local else os.path.dirname(os.path.realpath(local))
-    return parse_settings(tree, where=source, base=base)
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str) or posixpath.basename(base) != base or base in (posixpath.basename(source), *below):
+        raise SettingsError(f"{source}: base is {base!r}, expected the name of another settings file in its folder")
+    return _laid_over(_read_tree(source[: len(source) - len(posixpath.basename(source))] + base, (*below, base)), tree)
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """The values of both, those above where both have one; mappings key by key."""
+    merged = dict(below)
+    for key, value in above.items():
+        if isinstance(value, dict) and isinstance(below.get(key), dict):
+            value = _laid_over(below[key], value)
+        merged[key] = value
+    return merged
 
 
 def parse_settings(tree: Mapping[str, Any], where: str = "settings", base: str | None = None) -> Settings:

@@ -166,6 +166,16 @@ PAIRS = Dataset(
     ),
     "training pairs, in the users' order; the loader shuffles them anew every epoch",
 )
+QUESTIONS = Dataset(
+    "questions",
+    ("shard",),
+    (
+        Column("query", pa.uint32(), "item that a user touched just before a validation event"),
+        Column("target", pa.uint32(), "item of that event, which the user had not touched before"),
+        Column("seen", _IDS, "all that the user had touched before: no candidates"),
+    ),
+    "what the trainer is asked while it trains",
+)
 HARD_NEGATIVES = Dataset(
     "hard_negatives",
     ("id",),
@@ -236,13 +246,13 @@ WALKS = Stage(
 PAIRS_STAGE = Stage(
     "pairs",
     (INTERACTIONS, ITEMS, ITEM_USERS, USER_ITEMS),
-    (PAIRS, HARD_NEGATIVES),
+    (PAIRS, QUESTIONS, HARD_NEGATIVES),
     ("task.seed", "task.pairs", "task.walks", "resources.rows_per_shard"),
-    "training pairs and hard negatives",
+    "training pairs, hard negatives and validation questions",
 )
 TRAIN = Stage(
     "train",
-    (FEATURES, NEIGHBOURS, PAIRS, HARD_NEGATIVES),
+    (FEATURES, NEIGHBOURS, PAIRS, QUESTIONS, HARD_NEGATIVES),
     (MODEL,),
     ("task.seed", "task.model", "task.training", "resources.training.threads", "resources.training.device"),
     "fit PinSage",
@@ -279,8 +289,11 @@ EVALUATION_STAGE = Stage(
 STAGES = (INGEST, GRAPH, FEATURES_STAGE, WALKS, PAIRS_STAGE, TRAIN, INFERENCE, INDEX_STAGE, EVALUATION_STAGE)
 """In the order that `pinsage run` runs them."""
 
+TRAINING = "training"
+"""Folder of what the trainer keeps: its checkpoints while it trains, and its log."""
 SCRATCH = {name: name for name in (INGEST.name, GRAPH.name, WALKS.name)} | {
     "pairs-ranking": PAIRS_STAGE.name,
+    TRAINING: TRAIN.name,
     LAYERS.name: INFERENCE.name,
 }
 """Folders of what a stage keeps only while it runs, and the stage."""

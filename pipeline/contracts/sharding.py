@@ -45,6 +45,14 @@ def stage_seed(seed: int, stage: str) -> int:
     return int(np.random.SeedSequence([seed, *stage.encode()]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
+def chances(seed: tuple[int, ...], ids: NDArray[np.integer]) -> NDArray[np.float64]:
+    """A number in [0, 1) for every id, by the seed and the id alone: whoever asks gets the same."""
+    key = np.random.SeedSequence(seed).generate_state(1, np.uint64)
+    values = _mix(_mix(np.asarray(ids, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)) ^ key)
+    found: NDArray[np.float64] = (values >> np.uint64(11)).astype(np.float64) / (1 << 53)
+    return found
+
+
 def shuffled(positions: NDArray[np.integer], size: int, seed: int) -> NDArray[np.int64]:
     """Where a seeded random permutation of [0, size) sends each position, without storing the permutation.
 

@@ -58,17 +58,26 @@ def files(run: Run) -> dict[str, bytes]:
     return {file: read_file(run.storage, manifest, file) for file in FILES}
 
 
-def test_two_ranks_train_as_one_process_does(make_run: MakeRun) -> None:
-    training = {"optimizer": "sgd", "learning_rate": 0.3, "epochs": 2}
-    alone, together = make_run(name="alone", training=training), make_run(name="together", training=training)
-    finish(PLAIN, alone)
-    output = finish(TWO_RANKS, together)
-    assert output.count("epoch 2/2") == 1, "only the first rank speaks"
-    curves = [[line["loss"] for line in json.loads(files(run)["history.json"])] for run in (alone, together)]
-    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
-    weights = [safetensors.torch.load(files(run)["model.safetensors"]) for run in (alone, together)]
-    torch.testing.assert_close(weights[1], weights[0], rtol=1e-3, atol=1e-5)
-    assert "up to date" in finish(TWO_RANKS, together)
+def test_two_and_three_ranks_train_as_one_process_does(make_run: MakeRun) -> None:
+    """Negatives shared across ranks, mined ones and measurements included; 999 pairs for one batch size of all."""
+    row = {"uniform": 31, "in_batch": True, "hardest": 1}
+    training = {
+        "optimizer": "sgd", "learning_rate": 0.3, "epochs": 2, "loss": "softmax", "mining": {"ranks": [5, 20]},
+        "curriculum": [{"from_epoch": 1, **row}, {"from_epoch": 2, "mined": 2, **row}],
+    }  # fmt: skip
+    runs = [make_run(name=name, training=training) for name in ("alone", "two", "three")]
+    finish(PLAIN, runs[0])
+    for run, command in zip(runs[1:], (TWO_RANKS, THREE_RANKS), strict=True):
+        output = finish(command, run)
+        assert output.count("epoch 2/2") == 1, "only the first rank speaks"
+        assert "up to date" in finish(command, run)
+    histories = [json.loads(files(run)["history.json"]) for run in runs]
+    weights = [safetensors.torch.load(files(run)["model.safetensors"]) for run in runs]
+    for history, tensors in zip(histories[1:], weights[1:], strict=True):
+        for name in ("loss", "mrr"):
+            found = [line[name] for line in history]
+            assert found == pytest.approx([line[name] for line in histories[0]], rel=1e-3 if name == "mrr" else 1e-5)
+        torch.testing.assert_close(tensors, weights[0], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("command", [PLAIN, THREE_RANKS], ids=["one process", "three ranks"])
@@ -90,6 +99,32 @@ def test_a_trainer_killed_at_a_random_moment_ends_with_the_same_bytes(make_run: 
     assert checkpoint.read(broken.storage) is not None, f"killed in epoch {epoch}"
     assert "going on from the checkpoint" in finish(command, broken)
     assert files(broken) == files(unbroken), f"killed in epoch {epoch}"
+
+
+def test_a_killed_rank_is_started_again_with_the_others_and_the_result_is_the_same(make_run: MakeRun) -> None:
+    """SIGKILL to one of two ranks: torchrun starts both again, from the last checkpoint."""
+    changes: dict[str, Any] = {"training": {"epochs": 10}, "resources": {"checkpoint_every_steps": 2}}
+    unbroken, broken = make_run(name="unbroken", **changes), make_run(name="broken", **changes)
+    finish(TWO_RANKS, unbroken)
+    process = start([*TORCHRUN, "--nproc-per-node=2", "--max-restarts=2", "jobs/train.py"], broken)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "epoch 3/10" in line:
+            break
+    os.kill(children(process.pid)[1], signal.SIGKILL)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, output
+    assert "going on from the checkpoint" in output
+    assert files(broken) == files(unbroken)
+
+
+def test_what_a_person_must_mend_is_not_tried_again(make_run: MakeRun) -> None:
+    run = make_run(training={"optimizer": "sgd", "learning_rate": 1e30}, model={"normalise_output": False})
+    launch = [sys.executable, "-m", "jobs.launch", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
+    process = start([*launch, "--module", "jobs.train"], run)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert output.count("error: the loss is") == 1, output
 
 
 def test_ranks_that_fail_end_with_one_message(make_run: MakeRun) -> None:

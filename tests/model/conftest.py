@@ -89,12 +89,23 @@ def plant(num_items: int = 240, num_groups: int = 4, num_pairs: int = 1000) -> d
         "query": query,
         "positive": positive,
         "hard": hard,
+        "questions": (query[:150], positive[:150], [[int(q)] for q in query[:150]]),
     }
 
 
-def write(storage: Storage, features: Any, neighbours: Any, weights: Any, query: Any, positive: Any, hard: Any) -> None:
+def write(
+    storage: Storage,
+    features: Any,
+    neighbours: Any,
+    weights: Any,
+    query: Any,
+    positive: Any,
+    hard: Any,
+    questions: Any,
+    columns: Any = (),
+) -> None:
     """Store what training reads, in three shards each; lists are one array per item."""
-    statistics = {"mean": features.mean(0).tolist(), "std": features.std(0).tolist()}
+    statistics = {"mean": features.mean(0).tolist(), "std": features.std(0).tolist(), "columns": list(columns)}
 
     def ids(rows: Any) -> pa.Array:
         return pa.array(np.arange(len(rows)), pa.uint32())
@@ -112,9 +123,14 @@ def write(storage: Storage, features: Any, neighbours: Any, weights: Any, query:
             "positive": pa.array(positive, pa.uint32()),
             "timestamp": pa.array(np.zeros(len(query)), pa.int64()),
         },
+        schemas.QUESTIONS: {
+            "query": pa.array(questions[0], pa.uint32()),
+            "target": pa.array(questions[1], pa.uint32()),
+            "seen": _lists(questions[2], np.uint32),
+        },
     }
-    for dataset, columns in tables.items():
-        table = pa.table(columns)
+    for dataset, arrays in tables.items():
+        table = pa.table(arrays)
         bounds = [0, table.num_rows // 3, table.num_rows // 3, table.num_rows]
         pieces = [table.slice(a, b - a) for a, b in itertools.pairwise(bounds)]
         shards = [write_shard(storage, dataset, number, piece, LINEAGE) for number, piece in enumerate(pieces)]
@@ -123,4 +139,6 @@ def write(storage: Storage, features: Any, neighbours: Any, weights: Any, query:
 
 def _lists(rows: Any, dtype: Any) -> pa.ListArray:
     indptr = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
-    return lists_to_arrow(indptr, np.concatenate([np.asarray(row, dtype) for row in rows]).astype(dtype))
+    return lists_to_arrow(
+        indptr, np.concatenate([np.zeros(0), *(np.asarray(row, dtype) for row in rows)]).astype(dtype)
+    )

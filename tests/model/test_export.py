@@ -6,6 +6,7 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,12 +31,23 @@ def exported(run: Run) -> Exported:
     return load_exported(files[0], json.loads(files[1]))
 
 
-@pytest.mark.parametrize("num_layers", [0, 1, 2])
-def test_layer_by_layer_equals_mini_batches(make_run: Callable[..., Run], num_layers: int) -> None:
+@pytest.mark.parametrize(
+    ("num_layers", "others"),
+    [
+        *((number, {}) for number in (0, 1, 2)),
+        *((2, {"pooling": pooling}) for pooling in ("mean", "max", "attention")),
+        (2, {"fan_outs": (2, 4), "residual": True}),
+        (3, {"head_input": "all", "pooling": "attention"}),
+    ],
+)
+def test_layer_by_layer_equals_mini_batches(
+    make_run: Callable[..., Run], num_layers: int, others: dict[str, Any]
+) -> None:
     planted = plant()
     neighbours = [list(row)[: item % 7] for item, row in enumerate(planted["neighbours"])]
-    weights = [np.full(len(row), 1 / max(1, len(row))) for row in neighbours]
-    run = make_run(model={"num_layers": num_layers}, training={"epochs": 1}, neighbours=neighbours, weights=weights)
+    weights = [np.arange(len(row), 0, -1) / max(1, len(row) * (len(row) + 1) / 2) for row in neighbours]
+    model = {"num_layers": num_layers, **others}
+    run = make_run(model=model, training={"epochs": 1}, neighbours=neighbours, weights=weights)
     network = exported(run)
     assert network.num_layers == num_layers
     indptr = np.concatenate([[0], np.cumsum([len(row) for row in neighbours])])
@@ -44,20 +56,20 @@ def test_layer_by_layer_equals_mini_batches(make_run: Callable[..., Run], num_la
     shares = padded(indptr, np.concatenate(weights), rows, 6, np.float32)
     h = network.standardise(planted["features"])
     for layer in range(num_layers):
-        h = network.combine(layer, h, network.pool(network.project(layer, h), index, shares))
+        h = network.combine(layer, h, network.pool(layer, network.project(layer, h), index, shares))
     embeddings = network.head(h)
     assert embeddings.shape == (240, 16)
     assert embeddings.dtype == np.float32
 
     loader = Loader(run.storage, run.settings)
-    model = Trainer(run.settings, loader, Group()).model
-    model.load_state_dict(network._model.state_dict())
+    trained = Trainer(run.settings, loader, Group()).model
+    trained.load_state_dict(network._model.state_dict())
     nobody = np.zeros(0, np.uint32)
     for seeds in np.array_split(np.random.default_rng(0).permutation(240).astype(np.uint32), 7):
         blocks = loader.blocks(seeds, nobody, nobody)
         features, index_tensor = torch.from_numpy(planted["features"][blocks.ids]), torch.from_numpy(blocks.index)
         with torch.no_grad():
-            z = model(features, index_tensor, torch.from_numpy(blocks.weights), blocks.sizes)
+            z = trained(features, index_tensor, torch.from_numpy(blocks.weights), blocks.sizes)
         np.testing.assert_allclose(embeddings[seeds], z.numpy(), atol=2e-6)
 
 
@@ -72,7 +84,7 @@ def test_pool_reads_memory_maps_and_converts_half_floats_block_by_block(
         layer = generator.normal(size=(50, 8)).astype(dtype)
         np.save(tmp_path / "layer.npy", layer)
         expected = np.einsum("nt,ntm->nm", weights, layer[index].astype(np.float64))
-        found = network.pool(np.load(tmp_path / "layer.npy", mmap_mode="r"), index, weights)
+        found = network.pool(0, np.load(tmp_path / "layer.npy", mmap_mode="r"), index, weights)
         np.testing.assert_allclose(found, expected, atol=1e-5)
         assert found.dtype == np.float32
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from model.layers import Convolution, importance_pool, importance_pool_dgl, transpose_lists
+from pipeline.contracts import config
 from pipeline.contracts.errors import ResourceError
 
 HAS_DGL = importlib.util.find_spec("dgl") is not None
@@ -90,7 +91,7 @@ def test_convolutions_of_both_backends_agree_in_every_parameter_gradient() -> No
     _, index, weights = random_block(2)
     gradients = []
     for backend in ("torch", "dgl"):
-        convolution = seeded(Convolution(3, 6, 4, backend))
+        convolution = seeded(Convolution(3, small(backend)))
         convolution(torch.linspace(-1, 1, 21, dtype=torch.float64).view(7, 3), index, weights)[:, 0].sum().backward()
         gradients.append([parameter.grad for parameter in convolution.parameters()])
     torch.testing.assert_close(*gradients)
@@ -106,7 +107,7 @@ def test_missing_dgl_names_the_setting_to_change(monkeypatch: pytest.MonkeyPatch
 def test_convolution_equals_the_papers_formula_forward_and_backward(seed: int) -> None:
     _, index, weights = random_block(seed)
     h = torch.randn(7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed), requires_grad=True)
-    convolution = seeded(Convolution(3, 6, 4))
+    convolution = seeded(Convolution(3, small()))
     Q, q, W, w = convolution.Q.weight, convolution.Q.bias, convolution.W.weight, convolution.W.bias
     messages = (h @ Q.T + q).clamp(min=0)
     combined = torch.cat([h[:4], dense(index, weights, 7) @ messages], dim=1)
@@ -121,7 +122,7 @@ def test_convolution_equals_the_papers_formula_forward_and_backward(seed: int) -
 
 
 def test_a_dead_row_stays_zero_and_its_gradients_finite() -> None:
-    convolution = seeded(Convolution(3, 6, 4))
+    convolution = seeded(Convolution(3, small()))
     torch.nn.init.constant_(convolution.W.bias, -100)
     h = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
     output = convolution(h, torch.zeros(2, 1, dtype=torch.int32), torch.zeros(2, 1, dtype=torch.float64))
@@ -129,6 +130,11 @@ def test_a_dead_row_stays_zero_and_its_gradients_finite() -> None:
     assert not output.any()
     assert h.grad is not None
     assert h.grad.isfinite().all()
+
+
+def small(backend: str = "torch") -> config.Model:
+    """6 wide inside, 4 outside."""
+    return config.Model.model_validate({"hidden_dimensions": 6, "output_dimensions": 4, "message_passing": backend})
 
 
 def seeded(convolution: Convolution) -> Convolution:

@@ -47,8 +47,10 @@ def test_the_ranks_slices_make_the_global_batch(make_run: MakeRun, world_size: i
         np.testing.assert_array_equal(joined, getattr(alone, name))
         assert len({len(getattr(rank, name)) for rank in ranks}) == 1
     for rank in ranks:
-        for name in ("negatives", "all_query", "all_positive"):
+        for name in ("all_query", "all_positive"):
             np.testing.assert_array_equal(getattr(rank, name), getattr(alone, name))
+        np.testing.assert_array_equal(rank.shared, np.concatenate([each.drawn for each in ranks]))
+        np.testing.assert_array_equal(rank.shared[rank.shared >= 0], alone.shared)
 
 
 def test_a_batch_has_equal_shares_and_no_more_pairs_than_there_are(make_run: MakeRun) -> None:
@@ -69,7 +71,7 @@ def test_catalogue_without_any_hard_negatives_or_neighbours(make_run: MakeRun) -
     empty: list[list[int]] = [[]] * 240
     run = make_run(hard=empty, neighbours=empty, weights=empty)
     batch = Loader(run.storage, run.settings).batch(2, 0)
-    assert (batch.hard == -1).all()
+    assert (batch.members.hard_id == -1).all()
     assert batch.index.shape == (batch.sizes[1], 0)
     assert batch.sizes[0] == batch.sizes[2]
 
@@ -79,14 +81,102 @@ def test_members_of_a_batch_are_the_examples_items_and_features(make_run: MakeRu
     loader = Loader(run.storage, run.settings)
     examples, batch = loader.examples(2, 1), loader.batch(2, 1)
     features = plant()["features"]
-    for places, ids in (
-        (batch.query, examples.query),
-        (batch.positive, examples.positive),
-        (batch.negatives, examples.negatives),
-        (batch.hard, examples.hard),
+    members = batch.members
+    for places, ids, told in (
+        (members.query, examples.query, members.query_id),
+        (members.positive, examples.positive, members.positive_id),
+        (members.drawn, examples.drawn, members.shared_id),
+        (members.hard, examples.hard, members.hard_id),
     ):
         np.testing.assert_array_equal(batch.features[places.long()], features[ids])
+        np.testing.assert_array_equal(told, ids)
         assert places.max() < batch.sizes[-1]
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_negatives_from_the_batch_are_all_ranks_positives(make_run: MakeRun, world_size: int) -> None:
+    run = make_run(training={"curriculum": [{"from_epoch": 1, "uniform": 40, "in_batch": True}]})
+    alone = Loader(run.storage, run.settings).examples(1, 0)
+    found = Loader(run.storage, run.settings, world_size - 1, world_size).examples(1, 0)
+    assert sorted(found.shared[found.shared >= 0]) == sorted(np.concatenate([alone.drawn, alone.positive]))
+    assert len(found.shared) % world_size == 0
+
+
+@pytest.mark.parametrize("exponent", [0.5, 1.0])
+def test_popular_negatives_are_drawn_by_a_power_of_how_often_items_are_positives(
+    make_run: MakeRun, exponent: float
+) -> None:
+    positive = np.repeat([3, 8, 200], [16, 4, 1])
+    rows = [{"from_epoch": 1, "uniform": 0, "popular": 30_000}]
+    training = {"curriculum": rows, "popularity_exponent": exponent}
+    run = make_run(training=training, query=np.zeros(21, int), positive=positive)
+    loader = Loader(run.storage, run.settings)
+    drawn = loader.examples(1, 0).drawn
+    weights = np.array([16, 4, 1]) ** exponent
+    shares = [float((drawn == item).mean()) for item in (3, 8, 200)]
+    assert shares == pytest.approx((weights / weights.sum()).tolist(), abs=0.01)
+    # log_q says how often each was to be expected, by how often it would be if all were uniform
+    expected = np.log(weights / weights.sum() * 240)
+    np.testing.assert_allclose(loader.log_q(loader.row(1), np.array([3, 8, 200])), expected, rtol=1e-5)
+
+
+def test_log_q_counts_uniform_draws_and_the_batchs_positives(make_run: MakeRun) -> None:
+    positive = np.repeat([3, 8], [75, 25])
+    run = make_run(
+        training={"curriculum": [{"from_epoch": 1, "uniform": 24, "in_batch": True}], "batch_size": 100},
+        query=np.zeros(100, int), positive=positive,
+    )  # fmt: skip
+    loader = Loader(run.storage, run.settings)
+    expected = np.array([24 / 240 + 75, 24 / 240 + 25, 24 / 240]) * 240 / 124
+    np.testing.assert_allclose(loader.log_q(loader.row(1), np.array([3, 8, 9])), np.log(expected), rtol=1e-5)
+    uniform = make_run(name="uniform")
+    loader = Loader(uniform.storage, uniform.settings)
+    assert not loader.log_q(loader.row(1), np.array([3, 8])).any()
+
+
+COLUMNS = [
+    {"name": "content", "kind": "vector", "start": 0, "stop": 15},
+    {"name": "degree", "kind": "degree", "start": 15, "stop": 16},
+]
+
+
+def test_items_shown_as_new_have_no_neighbours_and_no_degree_for_any_rank(make_run: MakeRun) -> None:
+    run = make_run(training={"neighbour_dropout": 0.3}, columns=COLUMNS)
+    loaders = [Loader(run.storage, run.settings, rank, 2) for rank in range(2)]
+    shown: dict[int, bool] = {}
+    for loader in loaders:
+        batch, features = loader.batch(1, 0), plant()["features"]
+        ids = torch.cat([batch.members.query_id, batch.members.positive_id])
+        rows = torch.cat([batch.members.query, batch.members.positive]).long()
+        is_new = batch.features[rows, 15] == 0
+        assert (batch.weights[rows].sum(1) == 0).equal(is_new)
+        np.testing.assert_array_equal(batch.features[rows, :15], features[ids, :15])
+        for item, new in zip(ids.tolist(), is_new.tolist(), strict=True):
+            assert shown.setdefault(item, new) == new
+    assert 0.15 < np.mean(list(shown.values())) < 0.45
+    assert not (loaders[0].batch(1, 1).features[:, 15] == 0).equal(loaders[0].batch(1, 0).features[:, 15] == 0)
+
+
+def test_hidden_content_is_the_mean_and_the_neighbours_stay(make_run: MakeRun) -> None:
+    run = make_run(training={"content_dropout": 0.3}, columns=COLUMNS)
+    loader, features = Loader(run.storage, run.settings), plant()["features"]
+    batch = loader.batch(1, 0)
+    silent = (batch.features[: batch.sizes[-1], :15] == torch.from_numpy(features[:, :15].mean(0))).all(1)
+    assert 0.15 < silent.float().mean() < 0.45
+    assert (batch.weights[: batch.sizes[-1]].sum(1) > 0.9).all()
+    assert (batch.features[: batch.sizes[-1], 15] != 0).all()
+
+
+def test_mined_negatives_are_drawn_from_what_was_mined(make_run: MakeRun) -> None:
+    run = make_run(training={"curriculum": [{"from_epoch": 1, "uniform": 40, "hard": 1, "mined": 2}]})
+    loader = Loader(run.storage, run.settings)
+    with pytest.raises(ValueError, match="before any were mined"):
+        loader.examples(1, 0)
+    loader.mined = np.stack([np.arange(240) + 1000, np.arange(240) + 2000], axis=1).astype(np.int32)
+    examples = loader.examples(1, 0)
+    assert examples.hard.shape == (96, 3)
+    assert ((examples.hard[:, 1:] - examples.query[:, None].astype(np.int64)) % 1000 == 0).all()
+    assert set(np.unique(examples.hard[:, 1:] // 1000)) == {1, 2}
 
 
 def test_a_pair_of_another_rank_is_hidden_too(make_run: MakeRun) -> None:
@@ -101,11 +191,11 @@ def test_a_pair_of_another_rank_is_hidden_too(make_run: MakeRun) -> None:
 def test_batches_ahead_equal_batches_asked_for_and_start_anywhere(make_run: MakeRun) -> None:
     run = make_run(training={"epochs": 2, "batch_size": 200})
     loader = Loader(run.storage, run.settings)
-    found = list(loader.batches(Position(1, 3), 2, CPU))
+    found = list(loader.batches(Position(1, 3), Position(3, 0), CPU))
     assert [position for position, _ in found] == [(1, 3), (1, 4), *((2, step) for step in range(5))]
     for position, batch in found:
         assert equal(batch, loader.batch(*position))
-    assert list(loader.batches(Position(3, 0), 2, CPU)) == []
+    assert list(loader.batches(Position(3, 0), Position(3, 0), CPU)) == []
 
 
 def test_an_error_while_preparing_reaches_the_trainer(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,12 +207,21 @@ def test_an_error_while_preparing_reaches_the_trainer(make_run: MakeRun, monkeyp
 
     monkeypatch.setattr(loader, "batch", fail)
     with pytest.raises(DataError, match=r"no batch at \(1, 0\)"):
-        list(loader.batches(Position(1, 0), 1, CPU))
+        list(loader.batches(Position(1, 0), Position(2, 0), CPU))
 
 
 def test_the_last_curriculum_row_that_has_begun_counts() -> None:
     rows = tuple(CurriculumRow(from_epoch=epoch, hard=epoch) for epoch in (1, 3, 4))
     assert [curriculum_row(rows, epoch).hard for epoch in range(1, 7)] == [1, 1, 3, 4, 4, 4]
+
+
+@pytest.mark.parametrize(("workers", "prefetch"), [(3, 4), (2, 1)])
+def test_several_threads_prepare_the_same_batches_in_order(make_run: MakeRun, workers: int, prefetch: int) -> None:
+    run = make_run(resources={"workers": workers, "prefetch": prefetch})
+    loader = Loader(run.storage, run.settings)
+    found = list(loader.batches(Position(1, 0), Position(2, 0), CPU))
+    assert [position for position, _ in found] == [(1, step) for step in range(10)]
+    assert all(equal(batch, loader.batch(*position)) for position, batch in found)
 
 
 @pytest.mark.parametrize(
@@ -151,5 +250,7 @@ def test_features_without_statistics_are_named(make_run: MakeRun) -> None:
 
 def equal(first: Batch, second: Batch) -> bool:
     """Whether two batches hold the same numbers."""
-    names = [name for name in vars(first) if name != "sizes"]
-    return first.sizes == second.sizes and all(torch.equal(getattr(first, n), getattr(second, n)) for n in names)
+    pairs = [(getattr(first, name), getattr(second, name)) for name in ("features", "index", "weights")]
+    return first.sizes == second.sizes and all(
+        torch.equal(one, other) for one, other in [*pairs, *zip(first.members, second.members, strict=True)]
+    )

@@ -67,7 +67,7 @@ def test_blocks_hold_what_the_recursive_oracle_finds(
     lists, seeds, pairs = graph
     table, seed_ids = table_of(lists), np.array(seeds, np.uint32)
     ends = np.array(pairs, np.uint32).reshape(-1, 2)
-    blocks = build_blocks(table, seed_ids, hide(ends[:, 0], ends[:, 1]), num_layers)
+    blocks = build_blocks(table, seed_ids, hide(ends[:, 0], ends[:, 1]), [table.width] * num_layers)
     nodes = slow_blocks(table, seed_ids, set(pairs), num_layers)
     assert blocks.sizes == tuple(len(layer) for layer in nodes)
     assert blocks.ids[: len(seeds)].tolist() == seeds
@@ -83,14 +83,14 @@ def test_the_only_link_of_a_pair_is_seen_by_neither_end_at_any_hop(num_layers: i
     """0 and 1 know each other and nobody else; 2 knows both, 3 knows 2: both meet again at the second and third hop."""
     table = table_of([[1], [0], [0, 1], [2]])
     seeds = np.array([3, 2, 0, 1], np.uint32)
-    open_blocks = build_blocks(table, seeds, NOTHING, num_layers)
-    blocks = build_blocks(table, seeds, hide(np.array([0], np.uint32), np.array([1], np.uint32)), num_layers)
+    open_blocks = build_blocks(table, seeds, NOTHING, [2] * num_layers)
+    blocks = build_blocks(table, seeds, hide(np.array([0], np.uint32), np.array([1], np.uint32)), [2] * num_layers)
     for layer in range(1, num_layers + 1):
         assert shown(open_blocks, layer)[0] == {1: 1.0}
         assert shown(blocks, layer)[0] == shown(blocks, layer)[1] == {}
         assert shown(blocks, layer)[2] == pytest.approx({0: 2 / 3, 1: 1 / 3})
     alone = build_blocks(
-        table, np.array([0], np.uint32), hide(np.array([1], np.uint32), np.array([0], np.uint32)), num_layers
+        table, np.array([0], np.uint32), hide(np.array([1], np.uint32), np.array([0], np.uint32)), [2] * num_layers
     )
     assert alone.ids.tolist() == [0]
 
@@ -98,8 +98,8 @@ def test_the_only_link_of_a_pair_is_seen_by_neither_end_at_any_hop(num_layers: i
 def test_what_is_left_of_a_list_sums_to_one_and_other_lists_are_untouched() -> None:
     table = table_of([[1, 2, 3], [3, 2]])
     table.weights[3:] = [0.6, 0.3]
-    blocks = build_blocks(table_with_rows(table, 4), np.arange(2, dtype=np.uint32), hide(*ids([0], [2])), 1)
-    assert blocks.weights.tolist() == [pytest.approx([0.75, 0, 0.25]), pytest.approx([0.6, 0.3, 0])]
+    blocks = build_blocks(table_with_rows(table, 4), np.arange(2, dtype=np.uint32), hide(*ids([0], [2])), [3])
+    assert blocks.weights.tolist() == [pytest.approx([0.75, 0.25, 0]), pytest.approx([0.6, 0.3, 0])]
     assert blocks.weights[1, 0] == np.float32(0.6)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -13,14 +15,16 @@ import safetensors.torch
 import torch
 
 from model import checkpoint, trainer
+from model.checkpoint import Keeper
 from model.distributed import Group
 from model.loader import Loader, Position
 from model.loss import score, training_loss
+from model.monitor import EVENTS, LOG, Monitor
 from model.pinsage import PinSage
 from model.trainer import Trainer, learning_rate
 from pipeline.contracts import config, schemas
 from pipeline.contracts.datasets import is_up_to_date, open_manifest, read_file
-from pipeline.contracts.errors import DataError
+from pipeline.contracts.errors import DataError, SettingsError
 from tests.model.conftest import Run
 
 MakeRun = Callable[..., Run]
@@ -67,6 +71,12 @@ def purity(run: Run, weights: bytes | None) -> float:
     [
         ({}, {}),
         ({"loss": "softmax"}, {}),
+        ({"loss": "bpr"}, {}),
+        ({"loss": "cross_entropy"}, {}),
+        ({"loss": "softmax", "curriculum": [{"from_epoch": 1, "uniform": 20, "popular": 20, "in_batch": True}]}, {}),
+        ({"curriculum": [{"from_epoch": 1, "uniform": 40, "hardest": 3}]}, {}),
+        ({"precision": "bfloat16"}, {}),
+        ({}, {"pooling": "attention", "residual": True, "head_input": "all"}),
         ({"optimizer": "sgd", "learning_rate": 1.0}, {}),
         ({}, {"num_layers": 1}),
         ({}, {"normalise_output": False}),
@@ -87,7 +97,9 @@ def test_content_alone_cannot_find_what_only_neighbours_show(make_run: MakeRun) 
 def test_the_loss_falls_and_the_history_has_a_line_per_epoch(make_run: MakeRun) -> None:
     history = json.loads(train(make_run())["history.json"])
     assert [line["epoch"] for line in history] == [1, 2, 3]
-    assert all(line["pairs"] == 960 and set(line) == {"epoch", "pairs", "loss"} for line in history)
+    asked = {"questions": 150, "candidates": 240, "full_catalogue": True}
+    assert all(line["pairs"] == 960 and asked.items() <= line.items() for line in history)
+    assert history[2]["mrr"] > history[0]["mrr"]
     assert history[2]["loss"] < history[1]["loss"] / 1.2
 
 
@@ -106,14 +118,25 @@ class InterruptError(Exception):
     """Stands for whatever ends a process."""
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+MINED = [{"from_epoch": 1, "uniform": 40}, {"from_epoch": 2, "uniform": 40, "in_batch": True, "mined": 2}]
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"optimizer": "adam", "neighbour_dropout": 0.2},
+        {"optimizer": "sgd", "validation": {"keep": "best"}},
+        {"curriculum": MINED, "mining": {"every_steps": 4, "ranks": [3, 20]}},
+    ],
+    ids=["adam", "sgd", "mined"],
+)
 def test_training_resumed_at_any_checkpoint_ends_with_the_same_bytes(
-    make_run: MakeRun, optimizer: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    make_run: MakeRun, training: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    changes: dict[str, Any] = {"training": {"optimizer": optimizer}, "resources": {"checkpoint_every_steps": 3}}
+    changes: dict[str, Any] = {"training": training, "resources": {"checkpoint_every_steps": 3}}
     expected = train(make_run(**changes, name="unbroken"))
     run = make_run(**changes, name="broken")
-    save = checkpoint.save
+    save = Keeper.save
     for survives in np.random.default_rng().integers(1, 4, 4):
         left = iter(range(int(survives) - 1))
 
@@ -122,39 +145,141 @@ def test_training_resumed_at_any_checkpoint_ends_with_the_same_bytes(
             if next(left, None) is None:
                 raise InterruptError
 
-        monkeypatch.setattr(checkpoint, "save", save_and_stop)
+        monkeypatch.setattr(Keeper, "save", save_and_stop)
         with pytest.raises(InterruptError):
             train(run)
-    monkeypatch.setattr(checkpoint, "save", save)
+    monkeypatch.setattr(Keeper, "save", save)
     with caplog.at_level(logging.INFO):
         assert train(run) == expected, f"after {caplog.text}"
     assert "going on from the checkpoint" in caplog.text
     assert checkpoint.read(run.storage) is None
 
 
-def test_a_checkpoint_of_other_settings_is_not_resumed_from(make_run: MakeRun) -> None:
+def test_a_checkpoint_of_other_settings_is_refused_until_forced(make_run: MakeRun) -> None:
     run = make_run()
     expected = train(run)
-    checkpoint.save(run.storage, "another lineage", {"position": [99, 0]})
+    keeper = Keeper(run.storage, trainer.lineage(run.storage, make_run(training={"epochs": 9}).settings, 1), 1)
+    keeper.save(1, {"position": [2, 3]})
+    keeper.close()
+    with pytest.raises(SettingsError, match=r"epoch 2 step 3 of other settings: task.training.epochs was 9 and is 3"):
+        train(run)
+    checkpoint.delete(run.storage)
     assert train(run) == expected
 
 
-@pytest.mark.parametrize("loss", ["max_margin", "softmax"])
+def test_training_stops_when_nothing_gets_better_and_the_best_is_kept(make_run: MakeRun) -> None:
+    """A rate that only harms: the first measurement stays the best."""
+    run = make_run(
+        training={
+            "epochs": 9, "learning_rate": 0.02, "warmup_epochs": 0,
+            "validation": {"patience": 2, "keep": "best"},
+        }
+    )  # fmt: skip
+    history = json.loads(train(run)["history.json"])
+    best = max(range(len(history)), key=lambda place: history[place]["mrr"])
+    assert len(history) == min(9, best + 3)
+    metadata = open_manifest(run.storage, schemas.MODEL).metadata
+    assert metadata["best"] == {"epoch": best + 1, "metric": history[best]["mrr"]}
+    weights = safetensors.torch.load(read_file(run.storage, open_manifest(run.storage, schemas.MODEL), FILES[0]))
+    loader = Loader(run.storage, run.settings)
+    judged = Trainer(run.settings, loader, Group())
+    judged.model.load_state_dict(weights)
+    assert judged.examiner.ask(judged.model, Group())["mrr"] == history[best]["mrr"]
+
+
+@pytest.mark.parametrize(
+    ("training", "questions", "message"),
+    [
+        (
+            {"validation": {"patience": 1, "every_epochs": 0}},
+            None,
+            "patience needs measurements, but every_epochs is 0",
+        ),
+        ({"validation": {"keep": "best"}}, ([], [], []), "keep needs .* but there are no validation events"),
+        (
+            {"curriculum": MINED, "validation": {"full_catalogue": 100}},
+            None,
+            "240 items are more than .*catalogue, 100",
+        ),
+    ],
+)
+def test_what_the_data_cannot_give_is_refused(
+    make_run: MakeRun, training: dict[str, Any], questions: Any, message: str
+) -> None:
+    run = make_run(training=training, **({} if questions is None else {"questions": questions}))
+    with pytest.raises(DataError, match=message):
+        train(run)
+
+
+def test_without_questions_training_goes_on_unmeasured(make_run: MakeRun) -> None:
+    assert all("mrr" not in line for line in json.loads(train(make_run(questions=([], [], [])))["history.json"]))
+
+
+def test_a_loss_that_explodes_stops_training_before_it_is_saved(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(resources={"checkpoint_every_steps": 1})
+    loss_of = Trainer._loss
+    steps = iter(range(100))
+    monkeypatch.setattr(Trainer, "_loss", lambda self, batch: loss_of(self, batch) * (1e6 if next(steps) == 5 else 1))
+    with pytest.raises(DataError, match=r"the loss is \d+\.\d+ at epoch 1 step 5; it began at .* from before"):
+        train(run)
+    state = checkpoint.decode(checkpoint.read(run.storage), trainer.lineage(run.storage, run.settings, 1))
+    assert state is not None
+    assert state["position"] == [1, 5]
+
+
+def test_the_log_has_a_line_per_epoch_and_survives_a_restart(make_run: MakeRun) -> None:
+    run = make_run(resources={"tensorboard": True})
+    train(run)
+    lines = [json.loads(line) for line in run.storage.read_bytes(LOG).decode().splitlines()]
+    assert [(line["epoch"], line["step"]) for line in lines] == [(1, 10), (2, 10), (3, 10)]
+    assert all({"loss", "mrr", "pairs_per_s", "waiting", "copying", "time"} <= set(line) for line in lines)
+    loader = Loader(run.storage, run.settings)
+    with Monitor(run.storage, run.settings, loader, Position(2, 0), shown=True) as monitor:
+        monitor.epoch({"epoch": 2, "loss": 0.25})
+    lines = [json.loads(line) for line in run.storage.read_bytes(LOG).decode().splitlines()]
+    assert [(line["epoch"], line["loss"]) for line in lines][1:] == [(2, 0.25)]
+    files = run.storage.names(EVENTS)
+    assert files
+    assert b"mrr" in run.storage.read_bytes(f"{EVENTS}/{files[0]}")
+
+
+class Together:
+    """Ranks as threads of one process, each waiting for the others where a group would communicate."""
+
+    def __init__(self, ranks: int) -> None:
+        self.barrier, self.rows = threading.Barrier(ranks), [torch.zeros(0)] * ranks
+
+    def gather(self, rank: int, rows: torch.Tensor) -> torch.Tensor:
+        """All ranks' rows, the others' as they are: what gradients flow back across is tested with real processes."""
+        self.rows[rank] = rows
+        self.barrier.wait()
+        return torch.cat(self.rows)
+
+
+@pytest.mark.parametrize("loss", ["max_margin", "softmax", "bpr", "cross_entropy"])
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_the_mean_of_the_ranks_gradients_is_that_of_one_process(make_run: MakeRun, loss: str, world_size: int) -> None:
-    run = make_run(training={"loss": loss})
+    row = {"from_epoch": 1, "uniform": 41, "in_batch": True, "hard": 2, "hardest": 2}
+    run = make_run(training={"loss": loss, "curriculum": [row]})
 
-    def gradients(rank: int, ranks: int) -> list[torch.Tensor]:
-        loader = Loader(run.storage, run.settings, rank, ranks)
-        model = Trainer(run.settings, loader, Group()).model
-        batch = loader.batch(2, 1)
-        z = model(batch.features, batch.index, batch.weights, batch.sizes)
-        scores = score(z, batch.query, batch.positive, batch.negatives, batch.hard)
-        return list(torch.autograd.grad(training_loss(scores, run.settings.task.training), list(model.parameters())))
+    def losses(ranks: int) -> tuple[torch.Tensor, list[torch.nn.Parameter]]:
+        together, model = Together(ranks), Trainer(run.settings, Loader(run.storage, run.settings), Group()).model
 
-    ranks = [gradients(rank, world_size) for rank in range(world_size)]
-    for alone, *shares in zip(gradients(0, 1), *ranks, strict=True):
-        torch.testing.assert_close(torch.stack(shares).mean(0), alone, rtol=1e-4, atol=1e-7)
+        def one(rank: int) -> torch.Tensor:
+            batch = Loader(run.storage, run.settings, rank, ranks).batch(2, 1)
+            z = model(batch.features, batch.index, batch.weights, batch.sizes)
+            scores = score(z, batch.members, lambda rows: together.gather(rank, rows), True, 2)
+            return training_loss(scores, run.settings.task.training)
+
+        with ThreadPoolExecutor(ranks) as threads:
+            return torch.stack(list(threads.map(one, range(ranks)))).mean(), list(model.parameters())
+
+    alone, shared = losses(1), losses(world_size)
+    torch.testing.assert_close(shared[0], alone[0])
+    for found, expected in zip(torch.autograd.grad(*shared), torch.autograd.grad(*alone), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_divergence_stops_training_and_names_the_step(make_run: MakeRun) -> None:

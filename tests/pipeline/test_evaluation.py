@@ -18,7 +18,7 @@ from pipeline.contracts.config import Settings, parse_settings
 from pipeline.contracts.datasets import Lineage
 from pipeline.contracts.errors import DataError
 from pipeline.contracts.storage import Storage
-from pipeline.evaluation import Events
+from pipeline.questions import Events, item_to_item
 from pipeline.ranking import Catalogue, Questions
 
 LINEAGE = Lineage("test", {}, {})
@@ -96,7 +96,7 @@ def adjacency(rows: np.ndarray, columns: np.ndarray, num_rows: int) -> tuple[np.
 
 
 def both_questions(events: Events) -> list[Questions]:
-    return [evaluation.item_to_item(events)[1], evaluation.user_to_item(events, HALF_LIFE)[1]]
+    return [item_to_item(events)[1], evaluation.user_to_item(events, HALF_LIFE)[1]]
 
 
 # ------------------------------------------------------------------------------------------------ questions
@@ -104,7 +104,7 @@ def both_questions(events: Events) -> list[Questions]:
 
 def test_item_to_item_asks_what_the_slow_reading_of_the_protocol_asks() -> None:
     events = random_events()
-    counts, questions, users = evaluation.item_to_item(events)
+    counts, questions, users = item_to_item(events)
     expected = slow_item_to_item(events)
     assert asked(questions) == expected
     assert counts["queries"] == len(expected) == len(users)
@@ -137,8 +137,8 @@ def test_users_of_one_moment_give_no_user_query_and_are_counted() -> None:
 def test_chosen_questions_are_those_of_all_questions() -> None:
     events = random_events()
     chosen = np.array([0, 3, 4, 7])
-    everything = asked(evaluation.item_to_item(events)[1])
-    assert asked(evaluation.item_to_item(events, chosen)[1]) == [everything[place] for place in chosen]
+    everything = asked(item_to_item(events)[1])
+    assert asked(item_to_item(events, chosen)[1]) == [everything[place] for place in chosen]
     _, questions, users = evaluation.user_to_item(events, HALF_LIFE)
     _, some, some_users = evaluation.user_to_item(events, HALF_LIFE, chosen)
     assert some_users.tolist() == users[chosen].tolist()
@@ -377,7 +377,7 @@ def test_the_stage_reports_what_the_slow_protocol_gives(spark: SparkSession, sto
     degrees = np.bincount(
         np.unique(events.user[events.split == 0] * 30 + events.item[events.split == 0]) % 30, minlength=30
     )
-    questions = evaluation.item_to_item(events)[1]
+    questions = item_to_item(events)[1]
     ranks = np.array(slow_ranks(questions, lambda history: vectors @ vectors[next(iter(history))]))
     for name, limit in (("all", 10**9), ("cold", 4), ("tail", int(np.sort(degrees)[14]))):
         found = metrics["tasks"]["item_to_item"]["slices"][name]

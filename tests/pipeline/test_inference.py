@@ -52,7 +52,7 @@ class PlainNetwork:
         result: Array = np.maximum(hidden @ self.q[layer], 0)
         return result
 
-    def pool(self, projected: Array, neighbours: NDArray[np.int64], weights: Array) -> Array:
+    def pool(self, layer: int, projected: Array, neighbours: NDArray[np.int64], weights: Array) -> Array:
         result: Array = np.einsum("bt,btm->bm", weights, projected[neighbours])
         return result
 

@@ -91,7 +91,19 @@ def make_metrics(**changes: Any) -> dict[str, Any]:
             "nlist": 64,
         },
         "graph": {"users": degrees_of("users", 39_516), "items": degrees_of("items", 4707)},
-        "training": [{"epoch": e, "loss": 1 / e, "pairs": 10} for e in (1, 2, 3)],
+        "training": [
+            {
+                "epoch": e,
+                "loss": 1 / e,
+                "pairs": 10,
+                "mrr": mrr,
+                "hit_rate@10": 2 * mrr,
+                "questions": 1500,
+                "candidates": 4000,
+                "full_catalogue": False,
+            }
+            for e, mrr in ((1, 0.1), (2, 0.25), (3, 0.2))
+        ],
         "settings": {"task.evaluation": {"k": [10, 50]}, "task.name": EVIL},
         "lineage": {"fingerprint": "ab" * 32, "inputs": {"items": "cd" * 32}, "code": "0.1.0"},
     }
@@ -170,7 +182,7 @@ def test_the_page_shows_every_method_slice_and_number() -> None:
     ):
         assert text in page.text
     assert "no user has both training history and test events" in page.text
-    assert sum(tag == "svg" for tag, _ in page.tags) == 6
+    assert sum(tag == "svg" for tag, _ in page.tags) == 7
 
 
 def test_a_sparse_run_still_has_a_page() -> None:
@@ -240,3 +252,12 @@ def test_bars_grow_with_their_values(count: int) -> None:
     heights = [float(rect["height"] or 0) for rect in rects]
     assert len(heights) == 2 * count
     assert heights[0] == pytest.approx(4 * heights[1], abs=0.3)
+
+
+def test_training_shows_the_best_measurement_and_among_how_many_it_was_made() -> None:
+    page = report.render(make_metrics())
+    assert "MRR 0.2500, hit-rate@10 0.5000, epoch 2" in page
+    assert "1,500 questions among a fixed sample of 4,000 items" in page
+    assert "MRR on validation events" in page
+    bare = [{"epoch": e, "loss": 1 / e, "pairs": 10} for e in (1, 2)]
+    assert "best on validation" not in report.render(make_metrics(training=bare))

@@ -364,3 +364,55 @@ def test_every_default_in_the_reference_can_be_pasted_into_a_settings_file() -> 
         for part in name.split("."):
             value = value[part]
         assert yaml.safe_load(default) == value, name
+
+
+def test_a_file_says_only_how_it_differs_from_its_base(tmp_path: Path) -> None:
+    (tmp_path / "grand.yaml").write_text(yaml.safe_dump(tree(walks={"num_walks": 7, "max_hops": 2}, name="grand")))
+    (tmp_path / "parent.yaml").write_text("base: grand.yaml\ntask: {name: parent, model: {num_layers: 1}}\n")
+    (tmp_path / "settings.yaml").write_text(
+        "base: parent.yaml\ntask: {walks: {num_walks: 9}, training: {curriculum: [{from_epoch: 1, uniform: 3}]}}\n"
+    )
+    task = load_settings(str(tmp_path / "settings.yaml")).task
+    assert (task.name, task.model.num_layers, task.walks.num_walks, task.walks.max_hops) == ("parent", 1, 9, 2)
+    assert [row.uniform for row in task.training.curriculum] == [3]
+    (tmp_path / "settings.yaml").write_text("base: parent.yaml\ntask: {walk: {num_walks: 9}}\n")
+    with pytest.raises(SettingsError, match=r"task\.walk: unknown setting; did you mean walks\?"):
+        load_settings(str(tmp_path / "settings.yaml"))
+
+
+@pytest.mark.parametrize("base", ["settings.yaml", "../settings.yaml", "loop.yaml", 3])
+def test_a_base_that_cannot_be_meant_is_refused(tmp_path: Path, base: object) -> None:
+    (tmp_path / "loop.yaml").write_text("base: settings.yaml\n")
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump({**tree(), "base": base}))
+    with pytest.raises(SettingsError, match="expected the name of another settings file in its folder"):
+        load_settings(str(tmp_path / "settings.yaml"))
+
+
+def test_a_base_that_is_missing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_text("base: gone.yaml\n")
+    with pytest.raises(SettingsError, match=r"gone\.yaml: there is no such file"):
+        load_settings(str(tmp_path / "settings.yaml"))
+
+
+SHIPPED = sorted((Path(__file__).resolve().parents[3] / "infra/settings").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_every_settings_file_that_is_shipped_loads(file: Path) -> None:
+    settings = load_settings(str(file))
+    assert settings.resources.run.endswith(f"/runs/{settings.task.name}")
+
+
+def test_the_papers_settings_are_the_papers() -> None:
+    task = load_settings(str(SHIPPED[0].parent / "pinsage_paper.yaml")).task
+    model, training = task.model, task.training
+    assert (model.num_layers, model.hidden_dimensions, model.output_dimensions) == (2, 2048, 1024)
+    assert (model.pooling, model.residual, model.head_input, model.fan_outs) == ("importance", False, "last", None)
+    assert task.walks.num_neighbours == 50
+    assert (training.loss, training.optimizer, training.batch_size, training.warmup_epochs) == (
+        "max_margin", "sgd", 2048, 1,
+    )  # fmt: skip
+    rows = [(row.from_epoch, row.uniform, row.hard) for row in training.curriculum]
+    assert rows == [(epoch, 500, epoch - 1) for epoch in range(1, 8)]
+    assert not any(row.popular or row.in_batch or row.hardest or row.mined for row in training.curriculum)
+    assert training.neighbour_dropout == training.content_dropout == 0

@@ -1,0 +1,73 @@
+"""What is asked of embeddings item to item: of every held-out event, which item follows the one touched before it.
+
+The evaluation asks about test events, the trainer about validation events; both leave out what the user has seen. Numpy
+in, numpy out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.contracts import schemas
+from pipeline.ranking import Ints, Questions
+
+
+@dataclass(frozen=True)
+class Events:
+    """Whole users' events, in the order of users and time."""
+
+    user: Ints
+    item: Ints
+    timestamp: Ints
+    split: Ints
+
+    def ordered(self, order: Ints) -> Events:
+        """The same events in another order."""
+        return Events(self.user[order], self.item[order], self.timestamp[order], self.split[order])
+
+    def starts(self) -> Ints:
+        """For every row, the first row of its user."""
+        first = np.flatnonzero(np.diff(self.user, prepend=-1))
+        return np.repeat(first, np.diff(first, append=len(self.user)))
+
+    def is_new(self) -> NDArray[np.bool_]:
+        """For every row, whether its user touches the item for the first time there."""
+        order = np.lexsort((self.item, self.user))
+        user, item = self.user[order], self.item[order]
+        result = np.zeros(len(order), dtype=bool)
+        result[order] = (np.diff(user, prepend=-1) != 0) | (np.diff(item, prepend=-1) != 0)
+        return result
+
+
+def item_to_item(
+    events: Events, chosen: Ints | None = None, split: int = schemas.TEST_SPLIT
+) -> tuple[dict[str, int], Questions, Ints]:
+    """Counts, one question per askable event of the split (the chosen ones of them, ascending), and their users."""
+    rows, starts, new = np.arange(len(events.user)), events.starts(), events.is_new()
+    test, later = events.split == split, rows > starts
+    asked = np.flatnonzero(test & later & new)
+    counts = {
+        "test_events": int(test.sum()),
+        "without_earlier_item": int((test & ~later).sum()),
+        "target_seen_before": int((test & later & ~new).sum()),
+        "queries": len(asked),
+    }
+    asked = asked if chosen is None else asked[chosen]
+    before: Ints = np.cumsum(new) - new
+    lengths: Ints = before[asked] - before[starts[asked]]
+    places, seen_indptr = _ragged(before[starts[asked]], lengths)
+    numbers = np.arange(len(asked) + 1)
+    queries = events.item[asked - 1]
+    questions = Questions(
+        numbers, queries, np.ones(len(asked)), seen_indptr, events.item[new][places], numbers[:-1], events.item[asked]
+    )
+    return counts, questions, events.user[asked]
+
+
+def _ragged(starts: Ints, lengths: Ints) -> tuple[Ints, Ints]:
+    """The places start, start + 1, ... of every slice, one after the other, and their row pointers."""
+    indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return np.arange(indptr[-1]) + np.repeat(starts - indptr[:-1], lengths), indptr
