@@ -12,13 +12,15 @@ import os
 import sys
 import time
 
-from model.lifetime import die_with_parent, give_up, is_given_up
+from model.lifetime import choose_allocator, die_with_parent, give_up, is_given_up
 from pipeline.contracts import schemas
 from pipeline.contracts.config import load_settings
 from pipeline.contracts.datasets import is_up_to_date
 from pipeline.contracts.errors import PipelineError
 from pipeline.contracts.storage import Storage
 
+if __name__ == "__main__":
+    choose_allocator()
 # OpenMP reads this when torch is imported: threads that spin while they wait made steps 8 times longer on a busy host.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Before torch's slow import too, so that no rank outlives a launcher that is killed meanwhile.

@@ -185,7 +185,8 @@ class Convolution(nn.Module):
         e_v = exp(b p_v) can be sent along with e_v p_v, and the normalised sum stays a quotient of two plain sums,
         which every reducer of inference can make.
         """
-        messages = F.relu(self.Q(h[:, : self.inputs])).to(h.dtype)  # under autocast a product has fewer bits
+        product = self.Q(h[:, : self.inputs])  # under autocast of fewer bits
+        messages = F.relu(product, inplace=True).to(h.dtype)
         if self.attention is None:
             return messages
         factor = self.attention(messages).clamp(-MOST_ATTENTION, MOST_ATTENTION).exp()
@@ -204,7 +205,7 @@ class Convolution(nn.Module):
         own = h[:, : self.inputs]
         if self.attention is not None:
             pooled = pooled[:, :-1] / pooled[:, -1:].clamp(min=torch.finfo(pooled.dtype).tiny)
-        z = F.relu(self.W(torch.cat([own, pooled], dim=1))).to(h.dtype)
+        z = F.relu(self.W(torch.cat([own, pooled], dim=1)), inplace=True).to(h.dtype)
         if self.skip is not None:
             z = z + self.skip(own).to(h.dtype)
         z = normalise(z)

@@ -1,4 +1,4 @@
-"""Processes that end with their launcher. Imports no torch, so that a process can be tied before its slow imports."""
+"""How a process that trains begins and ends: its allocator, its launcher. Imports no torch, whose import is slow."""
 
 from __future__ import annotations
 
@@ -12,6 +12,15 @@ PARENT = "PINSAGE_PARENT"
 """Environment variable with the process id of the launcher that expects its children to end with it."""
 VERDICT = "PINSAGE_VERDICT"
 """Environment variable with the file in which a rank notes that to start again is no use: it would fail the same."""
+ALLOCATOR = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_TRIM_THRESHOLD_": "8589934592",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16",
+}
+"""glibc keeps what large tensors leave behind for the next ones, as pages fresh from the kernel cost more than the work
+done in them: steps of ml-1m took 803 ms so and 1 589 without, for 4.5 GB of memory in place of 0.7. A small cache of
+oneDNN, whose entries are by shape and no two batches have one, keeps bfloat16 from growing by 60 MB a step."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -28,6 +37,12 @@ def die_with_parent(parent: int | None = None) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != expected:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def choose_allocator() -> None:
+    """Start this process again with the settings of ALLOCATOR, which are read at its start; those that are set stay."""
+    if sys.platform == "linux" and not ALLOCATOR.keys() <= os.environ.keys():
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], ALLOCATOR | dict(os.environ))
 
 
 def expect_children() -> None:

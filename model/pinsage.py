@@ -71,7 +71,7 @@ class PinSage(nn.Module):
 
     def head(self, h: Tensor) -> Tensor:
         """[B, width of the last layer] to embeddings [B, d]."""
-        embeddings = self.G2(F.relu(self.G1(h))).to(h.dtype)
+        embeddings = self.G2(F.relu(self.G1(h), inplace=True)).to(h.dtype)
         return normalise(embeddings) if self.normalise_output else embeddings
 
     def forward(self, features: Tensor, index: Tensor, weights: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -74,9 +74,12 @@ def test_two_and_three_ranks_train_as_one_process_does(make_run: MakeRun) -> Non
     histories = [json.loads(files(run)["history.json"]) for run in runs]
     weights = [safetensors.torch.load(files(run)["model.safetensors"]) for run in runs]
     for history, tensors in zip(histories[1:], weights[1:], strict=True):
-        for name in ("loss", "mrr"):
+        for name, tolerance in (
+            ("loss", 1e-5),
+            ("mrr", 0.05),
+        ):  # two items that swap ranks move the MRR of 150 questions
             found = [line[name] for line in history]
-            assert found == pytest.approx([line[name] for line in histories[0]], rel=1e-3 if name == "mrr" else 1e-5)
+            assert found == pytest.approx([line[name] for line in histories[0]], rel=tolerance)
         torch.testing.assert_close(tensors, weights[0], rtol=1e-3, atol=1e-5)
 
 
@@ -182,6 +185,20 @@ def test_a_process_tied_to_its_parent_ends_with_it() -> None:
     launcher.send_signal(signal.SIGKILL)
     launcher.wait()
     wait_for_end(pid)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc reads these settings")
+def test_a_process_starts_again_with_the_allocator_of_trainers_and_keeps_what_was_chosen(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys\nfrom model.lifetime import ALLOCATOR, choose_allocator\n"
+        "print(len(ALLOCATOR.keys() & os.environ.keys()))\nchoose_allocator()\n"
+        "print(os.environ['MALLOC_ARENA_MAX'], os.environ['MALLOC_TRIM_THRESHOLD_'], *sys.argv[1:])\n"
+    )
+    environment = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"], "MALLOC_ARENA_MAX": "3"}
+    command = [sys.executable, "-u", str(script), "a b"]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert found.splitlines() == ["1", "4", "3 8589934592 a b"]
 
 
 def children(pid: int) -> list[int]:
