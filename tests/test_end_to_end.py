@@ -91,7 +91,8 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bytes(shop: Path, tmp
     settings, run = str(shop / "shop.yaml"), tmp_path / "run"
     seconds = float((shop / "seconds").read_text())
     chooser = random.Random(20261121)
-    arguments = ("run", "--settings", settings, "--set", f"resources.run={run}")
+    changes = (f"resources.run={run}", "resources.training.max_restarts=0")
+    arguments = ("run", "--settings", settings, *(word for change in changes for word in ("--set", change)))
     kills = 0
     while kills < KILLS:
         process = subprocess.Popen(

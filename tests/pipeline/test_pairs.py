@@ -101,3 +101,32 @@ def test_ranks_scale_to_the_catalogue_unless_given() -> None:
     assert rank_range(Pairs(), 50, 10**9) == (50, 5000)
     low, high = rank_range(Pairs(), 50, 40)
     assert low < high
+
+
+def slow_questions(events: list[tuple[int, int, int]], splits: list[int]) -> list[tuple[int, int, list[int]]]:
+    """(query, target, seen before) of every validation event where a user touches an item anew, but not its first."""
+    found = []
+    for place, (user, item, _) in enumerate(events):
+        before = [other for owner, other, _ in events[:place] if owner == user]
+        if splits[place] == schemas.VALIDATION_SPLIT and before and item not in before:
+            found.append((before[-1], item, sorted(set(before))))
+    return found
+
+
+def test_questions_are_the_validation_events_and_what_their_users_had_seen() -> None:
+    generator = np.random.default_rng(3)
+    drawn_events = zip(generator.integers(0, 12, 400), generator.integers(0, 25, 400), range(400), strict=True)
+    events = sorted(((int(u), int(i), int(t)) for u, i, t in drawn_events), key=lambda event: (event[0], event[2]))
+    splits = [int(split) for split in generator.choice([0, 1, 2], 400, p=[0.6, 0.3, 0.1])]
+    table = pairs.validation_questions(interactions(events, splits), share=1.0, seed=1)
+    found = [(row["query"], row["target"], sorted(row["seen"])) for row in table.to_pylist()]
+    assert found == slow_questions(events, splits)
+    assert table.schema == schemas.QUESTIONS.arrow
+    some = pairs.validation_questions(interactions(events, splits), share=0.5, seed=1)
+    assert 0.3 * len(found) < some.num_rows < 0.7 * len(found)
+    # a user's questions are drawn alike whoever else is in the shard
+    last = [place for place, event in enumerate(events) if event[0] == 11]
+    alone = interactions([events[place] for place in last], [splits[place] for place in last])
+    kept = pairs.validation_questions(alone, share=0.5, seed=1).to_pylist()
+    assert kept == some.to_pylist()[some.num_rows - len(kept) :]
+    assert pairs.validation_questions(interactions(events, [0] * 400), 1.0, 1).num_rows == 0
