@@ -44,7 +44,8 @@ def embed_all(model: PinSage, loader: Loader, group: Group) -> Tensor:
 
     def standardised(first: int, last: int) -> Tensor:
         ids = np.arange(first, last, dtype=np.uint32)
-        return model.standardise(torch.from_numpy(loader.features(ids)).to(group.device))
+        arrays = loader.features(ids), ids.astype(np.int64)
+        return model.standardise(*(torch.from_numpy(array).to(group.device) for array in arrays))
 
     hidden = [standardised(*chunk) for chunk in chunks]
     for convolution in model.convolutions:
@@ -66,7 +67,7 @@ def embed_some(model: PinSage, loader: Loader, group: Group, ids: NDArray[np.uin
     for first in range(0, share, SEEDS):
         seeds, places = np.unique(own[first : first + SEEDS], return_inverse=True)
         blocks = loader.blocks(seeds, _NOBODY, _NOBODY)
-        arrays = (loader.features(blocks.ids), blocks.index, blocks.weights)
+        arrays = (loader.features(blocks.ids), blocks.ids.astype(np.int64), blocks.index, blocks.weights)
         z = model(*(torch.from_numpy(array).to(group.device) for array in arrays), blocks.sizes)
         rows.append(z[torch.from_numpy(places).to(group.device)])
     return group.gather(torch.cat(rows))[: len(ids)]

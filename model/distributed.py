@@ -8,18 +8,27 @@ torchrun ends the others.
 from __future__ import annotations
 
 import os
+import time
+import uuid
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.contracts.config import TrainingResources
 from pipeline.contracts.errors import ResourceError
+
+MEETING_SECONDS = 600
+"""How long ranks wait for each other at the start: hosts of a cluster do not start together."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,9 @@ class Group:
         if self.world_size == 1:
             return model
         devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`broadcast_buffers`", category=FutureWarning)
+            return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 
     def means(self, values: Tensor) -> list[float]:
         """The means of the ranks' values [n]; a collective call."""
@@ -80,7 +91,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        total = gradients[0].contiguous()
+        total = gradients[0].clone()  # it may be another node's, too
         dist.all_reduce(total)
         return total[ctx.start : ctx.stop], None, None
 
@@ -106,7 +117,9 @@ def start(resources: TrainingResources) -> Iterator[Group]:
         yield Group(device=device)
         return
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world_size)
+        store, _, _ = next(rendezvous("env://", rank, world_size))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=_fresh(store, rank, world_size), rank=rank, world_size=world_size)
     except (RuntimeError, ValueError) as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ResourceError(
@@ -117,6 +130,30 @@ def start(resources: TrainingResources) -> Iterator[Group]:
         yield Group(rank, world_size, device)
     finally:
         dist.destroy_process_group()
+
+
+def _fresh(store: Store, rank: int, world_size: int) -> Store:
+    """A part of the store that this start of the ranks has to itself.
+
+    torchrun starts ranks again beside the same store, where the addresses of those that died still stand, and a rank
+    that reads them before they are written anew gives up. The first rank opens a part under a name of its own and
+    lists in it who came; another rank goes in when it finds itself on the list. Raises RuntimeError if not all come.
+    """
+    own, deadline = uuid.uuid4().hex, time.monotonic() + MEETING_SECONDS
+    if rank == 0:
+        store.set("leader", own)
+        others = [f"{own}/{other}" for other in range(1, world_size)]
+        store.wait(others, timedelta(seconds=MEETING_SECONDS))
+        store.set(f"{own}/all", ",".join(store.get(other).decode() for other in others))
+        return PrefixStore(own, store)
+    while time.monotonic() < deadline:
+        if store.check(["leader"]):
+            leader = store.get("leader").decode()
+            store.set(f"{leader}/{rank}", own)
+            if store.check([f"{leader}/all"]) and own in store.get(f"{leader}/all").decode():
+                return PrefixStore(leader, store)
+        time.sleep(0.05)
+    raise RuntimeError(f"the first rank has not come within {MEETING_SECONDS} s")
 
 
 def _choose_device(wanted: str) -> torch.device:

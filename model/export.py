@@ -43,9 +43,9 @@ class Exported:
         self._threads = threads
         torch.set_num_threads(threads)
 
-    def standardise(self, features: NDArray[Any]) -> Floats:
-        """Content vectors [n, F] as stored, to the first layer's input [n, F]."""
-        return self._run(self._model.standardise, features)
+    def standardise(self, features: NDArray[Any], ids: NDArray[np.integer]) -> Floats:
+        """Content vectors [n, F] as stored and the items' ids [n], to the first layer's input [n, d']."""
+        return self._run(self._model.standardise, features, ids)
 
     def project(self, layer: int, h: NDArray[Any]) -> Floats:
         """What items [n, inputs] say to those that have them as neighbours [n, m]."""
@@ -87,7 +87,11 @@ class Exported:
     def _model(self) -> PinSage:
         if self._threads is not None:
             torch.set_num_threads(self._threads)
-        model = PinSage(int(self._description["num_features"]), config.Model(**self._description["model"]))
+        model = PinSage(
+            int(self._description["num_features"]),
+            config.Model(**self._description["model"]),
+            num_items=int(self._description["num_items"]),
+        )
         model.load_state_dict(safetensors.torch.load(self._weights))
         return model.eval()
 

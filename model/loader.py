@@ -60,6 +60,7 @@ class Batch:
 
     sizes: tuple[int, ...]
     features: Tensor
+    ids: Tensor
     index: Tensor
     weights: Tensor
     members: Members
@@ -75,7 +76,8 @@ class Batch:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         members = Members(*map(change, self.members))
-        return Batch(self.sizes, change(self.features), change(self.index), change(self.weights), members, self.row)
+        features, ids, index, weights = map(change, (self.features, self.ids, self.index, self.weights))
+        return Batch(self.sizes, features, ids, index, weights, members, self.row)
 
 
 class Loader:
@@ -232,8 +234,9 @@ class Loader:
             chances((*seed, kind), seeds) < share if share else None for kind, share in enumerate(self._dropout)
         )
         blocks = self.blocks(seeds, examples.all_query, examples.all_positive, alone)
-        features = self.features(blocks.ids)
+        features, numbers = self.features(blocks.ids), blocks.ids.astype(np.int64)
         if alone is not None:
+            numbers[np.flatnonzero(alone)] = -1
             features[np.flatnonzero(alone)[:, None], self._degree_columns] = 0
         if silent is not None:
             features[np.flatnonzero(silent)[:, None], self._content_columns] = self._content_means
@@ -244,8 +247,8 @@ class Loader:
             examples.positive.astype(np.int64), candidates, shared, examples.hard,
             self.log_q(row, examples.positive), self.log_q(row, shared),
         )  # fmt: skip
-        inputs, index, weights = (torch.from_numpy(array) for array in (features, blocks.index, blocks.weights))
-        batch = Batch(blocks.sizes, inputs, index, weights, Members(*map(torch.from_numpy, members)), row)
+        inputs, shown, index, lists = map(torch.from_numpy, (features, numbers, blocks.index, blocks.weights))
+        batch = Batch(blocks.sizes, inputs, shown, index, lists, Members(*map(torch.from_numpy, members)), row)
         return batch.pin() if self._pinned else batch
 
     def batches(self, start: Position, stop: Position, device: torch.device) -> Iterator[tuple[Position, Batch]]:

@@ -1,6 +1,7 @@
 """The network: input standardisation, stacked convolutions, output head.
 
-Features are all it knows of an item, so an item that nobody touched yet gets an embedding too. Memory: one mini-batch.
+Features are all it knows of an item, so an item that nobody touched yet gets an embedding too; item_dimensions adds a
+learned vector. Memory: one mini-batch, and those vectors.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from pipeline.contracts import config
 
 CLIP = 10.0
 """Standardised features are cut to this many standard deviations: one outlier must not drown a vector."""
+FIRST_SPREAD = 0.1
+"""Standard deviation of learned item vectors before training: content, of deviation 1, speaks louder at first."""
 _INITIALISATION = 1
 """Keeps this use of the seed apart from the loader's."""
 
@@ -30,19 +33,21 @@ class PinSage(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, num_features: int, settings: config.Model, seed: int = 0) -> None:
+    def __init__(self, num_features: int, settings: config.Model, seed: int = 0, num_items: int = 0) -> None:
         super().__init__()
         width, count = settings.output_dimensions, settings.num_layers
+        inputs = num_features + settings.item_dimensions
+        self.items = nn.Embedding(num_items, settings.item_dimensions) if settings.item_dimensions else None
         self.register_buffer("mean", torch.zeros(num_features))
         self.register_buffer("std", torch.ones(num_features))
         fan_outs = settings.fan_outs or (None,) * count
         keeps_all = settings.head_input == "all"
         self.convolutions = nn.ModuleList(
-            Convolution(width if layer else num_features, settings, fan_outs[layer], carries=keeps_all and layer > 0)
+            Convolution(width if layer else inputs, settings, fan_outs[layer], carries=keeps_all and layer > 0)
             for layer in range(count)
         )
         outputs = width * (count if keeps_all else 1)
-        self.G1 = nn.Linear(outputs if count else num_features, width)
+        self.G1 = nn.Linear(outputs if count else inputs, width)
         self.G2 = nn.Linear(width, width, bias=False)
         self.normalise_output = settings.normalise_output
         self._initialise(seed)
@@ -55,6 +60,8 @@ class PinSage(nn.Module):
                 nn.init.kaiming_uniform_(module.weight, nonlinearity="relu", generator=generator)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        if self.items is not None:
+            nn.init.normal_(self.items.weight, std=FIRST_SPREAD, generator=generator)
         for convolution in self.convolutions:
             if isinstance(convolution, Convolution) and convolution.attention is not None:
                 nn.init.zeros_(convolution.attention.weight)  # it begins as importance pooling
@@ -65,22 +72,30 @@ class PinSage(nn.Module):
         scale = torch.as_tensor(std, dtype=torch.float32)
         self.std.copy_(torch.where(scale > 0, scale, 1.0))
 
-    def standardise(self, features: Tensor) -> Tensor:
-        """[U, F] as stored, of any float type, to the h0 [U, F] of the first convolution."""
-        return ((features.to(self.mean.dtype) - self.mean) / self.std).clamp(-CLIP, CLIP)
+    def standardise(self, features: Tensor, ids: Tensor) -> Tensor:
+        """[U, F] as stored, of any float type, and ids [U], to the first convolution's h0 [U, F + item_dimensions].
+
+        An item that had no number when the network was made, or whose id is below 0, has zeros for a learned vector.
+        """
+        content = ((features.to(self.mean.dtype) - self.mean) / self.std).clamp(-CLIP, CLIP)
+        if self.items is None:
+            return content
+        known = (ids >= 0) & (ids < self.items.num_embeddings)
+        learned = self.items(torch.where(known, ids, 0)) * known[:, None]
+        return torch.cat([content, learned], dim=1)
 
     def head(self, h: Tensor) -> Tensor:
         """[B, width of the last layer] to embeddings [B, d]."""
         embeddings = self.G2(F.relu(self.G1(h), inplace=True)).to(h.dtype)
         return normalise(embeddings) if self.normalise_output else embeddings
 
-    def forward(self, features: Tensor, index: Tensor, weights: Tensor, sizes: Sequence[int]) -> Tensor:
+    def forward(self, features: Tensor, ids: Tensor, index: Tensor, weights: Tensor, sizes: Sequence[int]) -> Tensor:
         """Embeddings [sizes[-1], d] of a mini-batch's seeds.
 
-        features is [sizes[0], F]; layer k pools the lists index[:sizes[k]], weights[:sizes[k]], whose entries are below
-        sizes[k - 1]: see model/minibatch.py.
+        features is [sizes[0], F], ids [sizes[0]]; layer k pools the lists index[:sizes[k]], weights[:sizes[k]], whose
+        entries are below sizes[k - 1]: see model/minibatch.py.
         """
-        h = self.standardise(features)
+        h = self.standardise(features, ids)
         for convolution, size in zip(self.convolutions, sizes[1:], strict=True):
             h = convolution(h, index[:size], weights[:size])
         return self.head(h)

@@ -114,7 +114,7 @@ class Trainer:
 
     def __init__(self, settings: Settings, loader: Loader, group: Group) -> None:
         self.settings, self.group, self.loader = settings.task.training, group, loader
-        self.model = PinSage(loader.num_features, settings.task.model, settings.task.seed)
+        self.model = PinSage(loader.num_features, settings.task.model, settings.task.seed, loader.num_items)
         self.model.set_statistics(*loader.statistics())
         self.model.to(group.device)
         self.network = group.wrap(self.model)
@@ -128,6 +128,11 @@ class Trainer:
             loader, wanted.full_catalogue, wanted.sample, stage_seed(settings.task.seed, schemas.TRAIN.name)
         )
         self._check(wanted)
+        if settings.task.model.item_dimensions and group.is_first:
+            logger.warning(
+                "task.model.item_dimensions is %d: items that are new after this training have none of what is learned "
+                "for each item, and are embedded by the rest alone", settings.task.model.item_dimensions,
+            )  # fmt: skip
 
     def _check(self, wanted: config.Validation) -> None:
         """DataError where the settings ask for what the data cannot give."""
@@ -152,7 +157,7 @@ class Trainer:
     def _loss(self, batch: Batch) -> Tensor:
         device = self.group.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
-            embeddings = self.network(batch.features, batch.index, batch.weights, batch.sizes)
+            embeddings = self.network(batch.features, batch.ids, batch.index, batch.weights, batch.sizes)
         row = batch.row
         return training_loss(
             score(embeddings, batch.members, self.group.gather, row.in_batch, row.hardest), self.settings
@@ -303,6 +308,7 @@ def _commit_model(storage: Storage, settings: Settings, lineage: Lineage, traine
     features = trainer.loader.manifests[schemas.FEATURES.name]
     description = {
         "num_features": trainer.loader.num_features,
+        "num_items": trainer.loader.num_items,
         "model": settings.task.model.model_dump(mode="json"),
         "columns": features.metadata.get("columns", []),
     }

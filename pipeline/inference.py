@@ -47,7 +47,7 @@ class Network(Protocol):
 
     num_layers: int
 
-    def standardise(self, features: Array) -> Array:
+    def standardise(self, features: Array, ids: NDArray[np.integer]) -> Array:
         """Content vectors [n, F] to the first layer's input [n, F]."""
 
     def project(self, layer: int, hidden: Array) -> Array:
@@ -167,7 +167,7 @@ class _Steps:
         def load(start: int, stop: int) -> Array:
             if previous is None:
                 rows = read_rows(storage, features, start, stop, ["features"]).column("features")
-                return network.standardise(arrow_to_vectors(rows).astype(np.float32))
+                return network.standardise(arrow_to_vectors(rows).astype(np.float32), np.arange(start, stop))
             rows = read_rows(storage, previous, start, stop, ["vector"]).column("vector")
             return arrow_to_vectors(rows).astype(np.float32)
 

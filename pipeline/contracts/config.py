@@ -267,6 +267,10 @@ class Model(Section):
     """Add an item's own vector to what each layer makes of it, before it is scaled to length 1."""
     head_input: Literal["last", "all"] = "last"
     """What the head reads: the last layer's output (the paper), or the outputs of all, side by side."""
+    item_dimensions: Count = 0
+    """Width of a vector learned for every item, beside its content. 0: none (the paper), so that what is learned holds
+    for new items too. For catalogues with little content; an item that is new since training has zeros there, so use
+    neighbour_dropout with it."""
     normalise_output: bool = True
     """Scale embeddings to length 1 after the head, so that inner product is cosine. Paper-exact: false."""
     message_passing: Literal["torch", "dgl"] = "torch"

@@ -38,6 +38,7 @@ def exported(run: Run) -> Exported:
         *((2, {"pooling": pooling}) for pooling in ("mean", "max", "attention")),
         (2, {"fan_outs": (2, 4), "residual": True}),
         (3, {"head_input": "all", "pooling": "attention"}),
+        *((number, {"item_dimensions": 5}) for number in (0, 2)),
     ],
 )
 def test_layer_by_layer_equals_mini_batches(
@@ -54,7 +55,7 @@ def test_layer_by_layer_equals_mini_batches(
     rows = np.arange(240)
     index = padded(indptr, np.concatenate(neighbours).astype(np.int64), rows, 6, np.int64)
     shares = padded(indptr, np.concatenate(weights), rows, 6, np.float32)
-    h = network.standardise(planted["features"])
+    h = network.standardise(planted["features"], rows)
     for layer in range(num_layers):
         h = network.combine(layer, h, network.pool(layer, network.project(layer, h), index, shares))
     embeddings = network.head(h)
@@ -69,7 +70,13 @@ def test_layer_by_layer_equals_mini_batches(
         blocks = loader.blocks(seeds, nobody, nobody)
         features, index_tensor = torch.from_numpy(planted["features"][blocks.ids]), torch.from_numpy(blocks.index)
         with torch.no_grad():
-            z = trained(features, index_tensor, torch.from_numpy(blocks.weights), blocks.sizes)
+            z = trained(
+                features,
+                torch.from_numpy(blocks.ids.astype(np.int64)),
+                index_tensor,
+                torch.from_numpy(blocks.weights),
+                blocks.sizes,
+            )
         np.testing.assert_allclose(embeddings[seeds], z.numpy(), atol=2e-6)
 
 
@@ -92,8 +99,8 @@ def test_pool_reads_memory_maps_and_converts_half_floats_block_by_block(
 def test_a_pickled_model_computes_the_same(make_run: Callable[..., Run]) -> None:
     network = exported(make_run(training={"epochs": 1}))
     features = plant()["features"][:5]
-    before = network.standardise(features)
+    before = network.standardise(features, np.arange(5))
     network.set_threads(1)
     copy = pickle.loads(pickle.dumps(network))
-    np.testing.assert_array_equal(copy.standardise(features), before)
+    np.testing.assert_array_equal(copy.standardise(features, np.arange(5)), before)
     assert len(pickle.dumps(network)) < 2 * len(network._weights)

@@ -150,6 +150,7 @@ def test_items_shown_as_new_have_no_neighbours_and_no_degree_for_any_rank(make_r
         rows = torch.cat([batch.members.query, batch.members.positive]).long()
         is_new = batch.features[rows, 15] == 0
         assert (batch.weights[rows].sum(1) == 0).equal(is_new)
+        assert batch.ids[rows].equal(torch.where(is_new, -1, ids))
         np.testing.assert_array_equal(batch.features[rows, :15], features[ids, :15])
         for item, new in zip(ids.tolist(), is_new.tolist(), strict=True):
             assert shown.setdefault(item, new) == new
@@ -250,7 +251,7 @@ def test_features_without_statistics_are_named(make_run: MakeRun) -> None:
 
 def equal(first: Batch, second: Batch) -> bool:
     """Whether two batches hold the same numbers."""
-    pairs = [(getattr(first, name), getattr(second, name)) for name in ("features", "index", "weights")]
+    pairs = [(getattr(first, name), getattr(second, name)) for name in ("features", "ids", "index", "weights")]
     return first.sizes == second.sizes and all(
         torch.equal(one, other) for one, other in [*pairs, *zip(first.members, second.members, strict=True)]
     )

@@ -103,7 +103,8 @@ def test_minibatch_embeddings_and_gradients_equal_the_dense_oracle(num_layers: i
     matrix = np.divide(matrix, sums, out=np.zeros_like(matrix), where=sums > 0)
     blocks = build_blocks(table, seeds, hidden, reach(num_layers, chosen.fan_outs, table.width))
     weights = torch.from_numpy(blocks.weights).double()
-    found = model(features[blocks.ids.astype(np.int64)], torch.from_numpy(blocks.index), weights, blocks.sizes)
+    ids = torch.from_numpy(blocks.ids.astype(np.int64))
+    found = model(features[ids], ids, torch.from_numpy(blocks.index), weights, blocks.sizes)
     expected = oracle(model, chosen, features, torch.tensor(matrix))[seeds.astype(np.int64)]
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     parameters = list(model.parameters())
@@ -133,7 +134,8 @@ def test_attention_begins_as_importance_pooling() -> None:
     plain.load_state_dict({name: value for name, value in model.state_dict().items() if "attention" not in name})
     features, index = torch.randn(6, NUM_FEATURES), torch.tensor([[1, 2], [3, 0]], dtype=torch.int32)
     weights = torch.tensor([[0.7, 0.3], [1.0, 0.0]])
-    torch.testing.assert_close(model(features, index, weights, (6, 2)), plain(features, index, weights, (6, 2)))
+    inputs = features, torch.arange(6), index, weights, (6, 2)
+    torch.testing.assert_close(model(*inputs), plain(*inputs))
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])
@@ -148,7 +150,7 @@ def test_an_embedding_does_not_feel_the_other_end_of_its_hidden_pair(num_layers:
         blocks = build_blocks(table, np.array([0, 1], np.uint32), hidden, [1] * num_layers)
         features = torch.linspace(-1, 1, 2 * NUM_FEATURES).view(2, -1).requires_grad_()
         index, weights = torch.from_numpy(blocks.index), torch.from_numpy(blocks.weights)
-        model(features, index, weights, blocks.sizes)[0].square().matmul(torch.arange(6.0)).backward()
+        model(features, torch.arange(2), index, weights, blocks.sizes)[0].square().matmul(torch.arange(6.0)).backward()
         assert features.grad is not None
         felt.append(bool(features.grad[1].any()))
     assert felt == [False, True]
@@ -158,7 +160,20 @@ def test_features_are_standardised_and_cut_and_constant_ones_pass() -> None:
     model = PinSage(3, settings(0))
     model.set_statistics([1.0, 5.0, 0.0], [2.0, 0.0, 1e-3])
     half = torch.tensor([[3.0, 5.0, 1.0]], dtype=torch.float16)
-    assert model.standardise(half).tolist() == [[1.0, 0.0, 10.0]]
+    assert model.standardise(half, torch.zeros(1)).tolist() == [[1.0, 0.0, 10.0]]
+
+
+def test_an_item_without_a_learned_vector_has_zeros_for_it() -> None:
+    model = PinSage(3, settings(1, item_dimensions=2), seed=1, num_items=4)
+    assert model.items is not None
+    h = model.standardise(torch.ones(4, 3), torch.tensor([3, -1, 4, 0]))
+    assert h.shape == (4, 5)
+    torch.testing.assert_close(
+        h[:, 3:], torch.stack([model.items.weight[3], *torch.zeros(2, 2), model.items.weight[0]])
+    )
+    h.sum().backward()
+    assert model.items.weight.grad is not None
+    assert model.items.weight.grad.any(1).tolist() == [True, False, False, True]
 
 
 def test_weights_come_from_the_seed_alone() -> None:
@@ -175,5 +190,7 @@ def test_embeddings_have_length_one_exactly_when_asked() -> None:
     features = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     empty = torch.zeros(0, 0, dtype=torch.int32), torch.zeros(0, 0)
     for normalise in (True, False):
-        lengths = PinSage(3, settings(0, normalise_output=normalise))(features, *empty, (4,)).norm(dim=1)
+        lengths = PinSage(3, settings(0, normalise_output=normalise))(features, torch.arange(4), *empty, (4,)).norm(
+            dim=1
+        )
         assert torch.allclose(lengths, torch.ones(4)) == normalise

@@ -53,13 +53,14 @@ def train(run: Run) -> dict[str, bytes]:
 def purity(run: Run, weights: bytes | None) -> float:
     """Share of items' ten nearest that are of their group; None: the network as initialised."""
     loader = Loader(run.storage, run.settings)
-    model = PinSage(loader.num_features, run.settings.task.model, run.settings.task.seed)
+    model = PinSage(loader.num_features, run.settings.task.model, run.settings.task.seed, loader.num_items)
     model.set_statistics(*loader.statistics())
     if weights is not None:
         model.load_state_dict(safetensors.torch.load(weights))
     nobody = np.zeros(0, np.uint32)
     blocks = loader.blocks(np.arange(loader.num_items, dtype=np.uint32), nobody, nobody)
-    tensors = torch.from_numpy(loader._features[blocks.ids]), torch.from_numpy(blocks.index)
+    ids = torch.from_numpy(blocks.ids.astype(np.int64))
+    tensors = torch.from_numpy(loader._features[blocks.ids]), ids, torch.from_numpy(blocks.index)
     with torch.no_grad():
         z = model(*tensors, torch.from_numpy(blocks.weights), blocks.sizes)
     nearest = (z @ z.T).fill_diagonal_(-torch.inf).topk(10, dim=1).indices.numpy()
@@ -77,6 +78,7 @@ def purity(run: Run, weights: bytes | None) -> float:
         ({"curriculum": [{"from_epoch": 1, "uniform": 40, "hardest": 3}]}, {}),
         ({"precision": "bfloat16"}, {}),
         ({}, {"pooling": "attention", "residual": True, "head_input": "all"}),
+        ({"neighbour_dropout": 0.1}, {"item_dimensions": 4}),
         ({"optimizer": "sgd", "learning_rate": 1.0}, {}),
         ({}, {"num_layers": 1}),
         ({}, {"normalise_output": False}),
@@ -269,7 +271,7 @@ def test_the_mean_of_the_ranks_gradients_is_that_of_one_process(make_run: MakeRu
 
         def one(rank: int) -> torch.Tensor:
             batch = Loader(run.storage, run.settings, rank, ranks).batch(2, 1)
-            z = model(batch.features, batch.index, batch.weights, batch.sizes)
+            z = model(batch.features, batch.ids, batch.index, batch.weights, batch.sizes)
             scores = score(z, batch.members, lambda rows: together.gather(rank, rows), True, 2)
             return training_loss(scores, run.settings.task.training)
 

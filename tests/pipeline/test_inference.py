@@ -45,7 +45,7 @@ class PlainNetwork:
         self.w = generator.normal(size=(num_layers, WIDTH + 4, WIDTH)).astype(np.float32)
         self.breaks_at = breaks_at
 
-    def standardise(self, features: Array) -> Array:
+    def standardise(self, features: Array, ids: NDArray[np.integer]) -> Array:
         return features - np.float32(0.5)
 
     def project(self, layer: int, hidden: Array) -> Array:
@@ -103,7 +103,7 @@ def all_at_once(network: PlainNetwork, features: Array, lists: list[list[int]], 
     dense = np.zeros((NUM_ITEMS, NUM_ITEMS), np.float32)
     for item, (row, shares) in enumerate(zip(lists, weights, strict=True)):
         dense[item, row] = shares
-    hidden = network.standardise(features)
+    hidden = network.standardise(features, np.arange(len(features)))
     for layer in range(network.num_layers):
         hidden = network.combine(layer, hidden, dense @ network.project(layer, hidden))
     return network.head(hidden)
