@@ -216,8 +216,9 @@ def test_the_content_hash_depends_on_rows_cuts_name_and_metadata(storage: Storag
 
 def test_a_stage_is_up_to_date_only_when_all_it_writes_is_of_its_lineage(storage: Storage) -> None:
     assert not is_up_to_date(storage, schemas.PAIRS_STAGE, LINEAGE)
-    commit(storage, schemas.PAIRS, [], LINEAGE)
-    assert not is_up_to_date(storage, schemas.PAIRS_STAGE, LINEAGE)
+    for dataset in (schemas.PAIRS, schemas.QUESTIONS):
+        commit(storage, dataset, [], LINEAGE)
+        assert not is_up_to_date(storage, schemas.PAIRS_STAGE, LINEAGE)
     commit(storage, schemas.HARD_NEGATIVES, [], LINEAGE)
     assert is_up_to_date(storage, schemas.PAIRS_STAGE, LINEAGE)
     assert not is_up_to_date(storage, schemas.PAIRS_STAGE, OTHER)
