@@ -51,7 +51,7 @@ def embed_all(model: PinSage, loader: Loader, group: Group) -> Tensor:
     for convolution in model.convolutions:
         assert isinstance(convolution, Convolution)
         messages = [convolution.project(h) for h in hidden]
-        projected = everyones(messages, messages[0].shape[1] if messages else _width(convolution))
+        projected = everyones(messages, _width(convolution))
         for place, chunk in enumerate(chunks):
             index, weights = (torch.from_numpy(array).to(group.device) for array in loader.lists(*chunk))
             hidden[place] = convolution.combine(hidden[place], convolution.pool(projected, index, weights))

@@ -1,8 +1,8 @@
 """Shards to batches for one rank; any step of any epoch is found by arithmetic, so training stops and resumes anywhere.
 
-Reads PAIRS, NEIGHBOURS, HARD_NEGATIVES and FEATURES as memory-mapped copies shared by the ranks of a host. Everything
-random comes from (seed, epoch, step) and the position in the global batch: one process and any number of ranks see the
-same global batches. Memory: `prefetch` batches prepared ahead.
+Reads PAIRS, NEIGHBOURS, HARD_NEGATIVES, FEATURES and QUESTIONS as memory-mapped copies shared by the ranks of a host.
+Everything random comes from (seed, epoch, step) and the position in the global batch: one process and any number of
+ranks see the same global batches. Memory: `prefetch` batches prepared ahead.
 """
 
 from __future__ import annotations
@@ -154,11 +154,11 @@ class Loader:
         if row.popular:
             drawn.append(np.searchsorted(self._popularity, generator.random(row.popular), side="right"))
         share = -(-sum(map(len, drawn)) // self.world_size)
-        padded = np.full((self.world_size, share), -1, np.int64)
-        padded.flat[: row.uniform + row.popular] = np.concatenate(drawn)
-        shared = padded
+        shares = np.full((self.world_size, share), -1, np.int64)
+        shares.flat[: row.uniform + row.popular] = np.concatenate(drawn)
+        shared = shares
         if row.in_batch:
-            shared = np.concatenate([padded, positive.reshape(self.world_size, -1).astype(np.int64)], axis=1)
+            shared = np.concatenate([shares, positive.reshape(self.world_size, -1).astype(np.int64)], axis=1)
         mine = slice(*rank_bounds(size, self.rank, self.world_size))
         luck = generator.random((size, row.hard + row.mined))[mine]
         hard = drawn_from(self._hard_indptr, self._hard, query[mine], luck[:, : row.hard])
@@ -168,7 +168,7 @@ class Loader:
             numbers = np.arange(len(self.mined) + 1) * self.mined.shape[1]
             mined = drawn_from(numbers, self.mined.reshape(-1), query[mine], luck[:, row.hard :])
             hard = np.concatenate([hard, mined], axis=1)
-        return Examples(query[mine], positive[mine], padded[self.rank], hard, shared.reshape(-1), query, positive)
+        return Examples(query[mine], positive[mine], shares[self.rank], hard, shared.reshape(-1), query, positive)
 
     @cached_property
     def _frequency(self) -> NDArray[np.float64]:
@@ -282,9 +282,13 @@ class Loader:
 
     def after(self, position: Position) -> Position:
         """The step that follows."""
-        if position.step + 1 < self.steps_per_epoch:
-            return Position(position.epoch, position.step + 1)
-        return Position(position.epoch + 1, 0)
+        if self.ends_epoch(position):
+            return Position(position.epoch + 1, 0)
+        return Position(position.epoch, position.step + 1)
+
+    def ends_epoch(self, position: Position) -> bool:
+        """Whether it is the last step of its epoch."""
+        return position.step + 1 == self.steps_per_epoch
 
     def number(self, position: Position) -> int:
         """How many steps come before it."""

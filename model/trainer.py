@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,32 +77,26 @@ def train(storage: Storage, settings: Settings, lineage: Lineage, group: Group) 
     trainer.load(state)
     keeper.kept = [(name, metric) for name, metric in (state or {"kept": []})["kept"]]
     last_saved, is_due = time.monotonic(), False
-    stop = Position(settings.task.training.epochs + 1, 0)
-    start = first = trainer.done.position
-    with Monitor(storage, settings, loader, start, shown=group.is_first) as monitor:
+    first = trainer.done.position
+    with Monitor(storage, settings, loader, first, shown=group.is_first) as monitor:
         try:
-            while start < stop and not trainer.is_enough():
-                trainer.mine(start)
-                for position, batch in loader.batches(start, trainer.mined_until(start, stop), group.device):
-                    if position == first and group.world_size > 1:
-                        trainer.rehearse(batch)
-                    trainer.step(position, batch)
-                    metric = None
-                    ends_epoch = loader.after(position).epoch > position.epoch
-                    if ends_epoch:
-                        line = trainer.end_epoch(position.epoch)
-                        metric = line.get(settings.task.training.validation.metric)
-                        monitor.epoch(line)
-                    else:
-                        monitor.step(position, trainer.loss)
-                    is_due |= ends_epoch or (position.step + 1) % resources.checkpoint_every_steps == 0
-                    is_due |= time.monotonic() - last_saved > 60 * resources.checkpoint_every_minutes
-                    if is_due and trainer.is_settled and group.is_first:
-                        keeper.save(loader.number(trainer.done.position), trainer.state(), metric)
-                        last_saved, is_due = time.monotonic(), False
-                    if trainer.is_enough():
-                        break
-                start = trainer.done.position
+            for position, batch in trainer.batches():
+                if position == first and group.world_size > 1:
+                    trainer.rehearse(batch)
+                trainer.step(position, batch)
+                metric = None
+                ends_epoch = loader.ends_epoch(position)
+                if ends_epoch:
+                    line = trainer.end_epoch(position.epoch)
+                    metric = line.get(settings.task.training.validation.metric)
+                    monitor.epoch(line)
+                else:
+                    monitor.step(position, trainer.loss)
+                is_due |= ends_epoch or (position.step + 1) % resources.checkpoint_every_steps == 0
+                is_due |= time.monotonic() - last_saved > 60 * resources.checkpoint_every_minutes
+                if is_due and trainer.is_settled and group.is_first:
+                    keeper.save(loader.number(trainer.done.position), trainer.state(), metric)
+                    last_saved, is_due = time.monotonic(), False
         finally:
             keeper.close()
     if group.is_first:
@@ -145,6 +140,18 @@ class Trainer:
                 f"mined negatives need the whole catalogue embedded: {self.loader.num_items} items are more than "
                 f"task.training.validation.full_catalogue, {wanted.full_catalogue}; raise it, or use hard or hardest"
             )
+
+    def batches(self) -> Iterator[tuple[Position, Batch]]:
+        """What is left to train on, with negatives mined anew where they are due; ends early when it is enough."""
+        start, stop = self.done.position, Position(self.settings.epochs + 1, 0)
+        while start < stop and not self.is_enough():
+            self._mine(start)
+            until = self._mined_until(start, stop)
+            for position, batch in self.loader.batches(start, until, self.group.device):
+                yield position, batch
+                if self.is_enough():
+                    return
+            start = until
 
     def rehearse(self, batch: Batch) -> None:
         """One backward pass for nothing.
@@ -214,9 +221,8 @@ class Trainer:
         if len(self.examiner) and wanted.every_epochs and (is_last or epoch % wanted.every_epochs == 0):
             line |= self.examiner.ask(self.model, self.group)
             if self.done.best is None or line[wanted.metric] > self.done.best["metric"]:
-                weights = {name: value.clone() for name, value in self.model.state_dict().items()}
                 self.done.best = {"epoch": epoch, "metric": line[wanted.metric]}
-                self.done.best |= {"weights": weights} if wanted.keep == "best" else {}
+                self.done.best |= {"weights": self._weights()} if wanted.keep == "best" else {}
                 self.done.without_better = 0
             else:
                 self.done.without_better += 1
@@ -230,7 +236,7 @@ class Trainer:
 
     # -------------------------------------------------------------------------------------------- mined negatives
 
-    def mined_until(self, start: Position, stop: Position) -> Position:
+    def _mined_until(self, start: Position, stop: Position) -> Position:
         """The step before which negatives must be mined again, or stop."""
         every, position = self.settings.mining.every_steps, start
         if not any(row.mined for row in self.settings.curriculum):
@@ -245,7 +251,7 @@ class Trainer:
                 return position
         return stop
 
-    def mine(self, position: Position) -> None:
+    def _mine(self, position: Position) -> None:
         """Have the network, as it is, find the hard negatives of the steps to come, if they are to have any.
 
         A run resumed between two findings finds them with the weights of then.
@@ -254,8 +260,8 @@ class Trainer:
             return
         settings = self.settings.mining
         if position.step % settings.every_steps == 0 or self.done.mined_with is None:
-            self.done.mined_with = {name: value.clone() for name, value in self.model.state_dict().items()}
-        now = {name: value.clone() for name, value in self.model.state_dict().items()}
+            self.done.mined_with = self._weights()
+        now = self._weights()
         self.model.load_state_dict(self.done.mined_with)
         vectors = embed_all(self.model, self.loader, self.group)
         self.model.load_state_dict(now)
@@ -289,6 +295,10 @@ class Trainer:
         self.done = Progressed(**{**fields, "position": Position(*state["position"])})
         if self.group.is_first:
             logger.info("going on from the checkpoint at epoch %d step %d", *self.done.position)
+
+    def _weights(self) -> dict[str, Tensor]:
+        """A copy of the weights as they are."""
+        return {name: value.clone() for name, value in self.model.state_dict().items()}
 
     def result(self) -> dict[str, Tensor]:
         """The weights that become the model."""

@@ -30,7 +30,7 @@ from pipeline.contracts.sharding import chances, stage_seed
 from pipeline.contracts.storage import Storage
 from pipeline.exchange import gather, scatter
 from pipeline.neighbourhoods import Neighbourhoods, blocks, choose
-from pipeline.questions import Events, item_to_item
+from pipeline.questions import Events, item_to_item, ragged
 from pipeline.spark import Task
 from pipeline.steps import Output, Report, run_step
 
@@ -84,9 +84,7 @@ def validation_questions(interactions: pa.Table, share: float, seed: int) -> pa.
     _, questions, users = item_to_item(events, split=schemas.VALIDATION_SPLIT)
     nth = np.arange(len(users)) - np.searchsorted(users, users)  # the questions are in the order of users
     asked = np.flatnonzero(chances((seed,), users * MAX_QUESTIONS + np.minimum(nth, MAX_QUESTIONS - 1)) < share)
-    starts, lengths = questions.seen_indptr[asked], np.diff(questions.seen_indptr)[asked]
-    indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    places = np.arange(indptr[-1]) + np.repeat(starts - indptr[:-1], lengths)
+    places, indptr = ragged(questions.seen_indptr[asked], np.diff(questions.seen_indptr)[asked])
     seen = lists_to_arrow(indptr, questions.seen[places].astype(np.uint32))
     ids = (pa.array(values[asked], pa.uint32()) for values in (questions.items, questions.targets))
     return pa.table([*ids, seen], schema=schemas.QUESTIONS.arrow)

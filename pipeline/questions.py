@@ -58,7 +58,7 @@ def item_to_item(
     asked = asked if chosen is None else asked[chosen]
     before: Ints = np.cumsum(new) - new
     lengths: Ints = before[asked] - before[starts[asked]]
-    places, seen_indptr = _ragged(before[starts[asked]], lengths)
+    places, seen_indptr = ragged(before[starts[asked]], lengths)
     numbers = np.arange(len(asked) + 1)
     queries = events.item[asked - 1]
     questions = Questions(
@@ -67,7 +67,7 @@ def item_to_item(
     return counts, questions, events.user[asked]
 
 
-def _ragged(starts: Ints, lengths: Ints) -> tuple[Ints, Ints]:
+def ragged(starts: Ints, lengths: Ints) -> tuple[Ints, Ints]:
     """The places start, start + 1, ... of every slice, one after the other, and their row pointers."""
     indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     return np.arange(indptr[-1]) + np.repeat(starts - indptr[:-1], lengths), indptr

@@ -31,7 +31,7 @@ from infra.bench.measure import machine
 from model.catalogue import embed_all
 from model.distributed import Group
 from model.lifetime import choose_allocator
-from model.loader import Loader, Position
+from model.loader import Loader
 from model.trainer import Trainer
 from pipeline.contracts.config import Settings, dump_settings, load_settings
 from pipeline.contracts.datasets import open_manifest, read_table
@@ -130,15 +130,10 @@ def train(settings: Settings) -> tuple[torch.Tensor, dict[str, Any]]:
     """Every item's embedding [N, d] after training, and what it took."""
     loader = Loader(Storage(settings.resources.run), settings)
     trainer, began = Trainer(settings, loader, Group()), time.perf_counter()
-    position, stop = Position(1, 0), Position(settings.task.training.epochs + 1, 0)
-    while position < stop:
-        trainer.mine(position)
-        until = trainer.mined_until(position, stop)
-        for here, batch in loader.batches(position, until, torch.device("cpu")):
-            trainer.step(here, batch)
-            if loader.after(here).epoch > here.epoch:
-                trainer.end_epoch(here.epoch)
-        position = trainer.done.position
+    for position, batch in trainer.batches():
+        trainer.step(position, batch)
+        if loader.ends_epoch(position):
+            trainer.end_epoch(position.epoch)
     found = {"seconds": round(time.perf_counter() - began, 1), "history": trainer.done.history}
     return embed_all(trainer.model, loader, Group()), found
 
