@@ -11,7 +11,8 @@ The model. Items lie in topics of about a thousand, topics on a ring. A user's d
 256 items), 20 % from topics up to three away, 10 % from the whole catalogue. Popularity is a power law in both: within
 a topic the share of the item at relative rank u falls as u ** -0.6, in the catalogue as 1 / (rank + 3), whose first
 ranks are hubs. At 17 edges an item and 57 a user: item degree median 11, 99th percentile about 100; user degree median
-37, 99th percentile about 320.
+37, 99th percentile about 320. With --cell-items C a topic is cells of about C items, each with popular and rare
+ones, of which content says nothing: three quarters of what a user has from a topic of its own are from one cell.
 
 Keys are 40-bit numbers that say nothing of topic or popularity, unlike the generator's own numbers ("places"). Random
 numbers are a hash of (seed, user, draw). A worker holds one row group: about 400 MB, whatever the size. On 2 cores 100
@@ -57,6 +58,7 @@ class Catalogue:
     edges: int
     seed: int = 0
     shard_edges: int = SHARD_EDGES
+    cell_items: int = 0
 
     def __post_init__(self) -> None:
         if not (0 < self.items <= 1 << 32 and 0 < self.users <= 1 << 32):
@@ -69,6 +71,11 @@ class Catalogue:
     @property
     def num_topics(self) -> int:
         return max(self.items // 1024, min(16, self.items // 32), 1)
+
+    @property
+    def num_cells(self) -> int:
+        """Cells of a topic; 1 where there are none."""
+        return max(1, self.items // self.num_topics // self.cell_items) if self.cell_items else 1
 
     @property
     def num_shards(self) -> int:
@@ -114,7 +121,7 @@ def graph(num_items: int, num_users: int, num_edges: int, seed: int = 0) -> Bipa
     ids = np.random.default_rng(seed).permutation(num_items).astype(np.uint32)
     user_indptr = np.concatenate([[0], np.cumsum(lengths)])
     user_items = np.empty(user_indptr[-1], np.uint32)
-    _draw_items(0, lengths, num_items, catalogue.num_topics, _spread(num_items), np.uint64(seed), user_items)
+    _draw_items(0, lengths, num_items, catalogue.num_topics, 1, _spread(num_items), np.uint64(seed), user_items)
     _shuffle_rows(user_indptr, user_items, np.uint64(seed))
     user_items = ids[user_items]
     item_indptr, item_users = transpose(user_indptr, user_items, num_items)
@@ -177,7 +184,7 @@ def _spread(num_items: int) -> int:
 
 @numba.njit(cache=True, nogil=True)
 def _draw_items(
-    first_user: Any, lengths: Any, num_items: Any, num_topics: Any, spread: Any, seed: Any, items: Any
+    first_user: Any, lengths: Any, num_items: Any, num_topics: Any, num_cells: Any, spread: Any, seed: Any, items: Any
 ) -> None:  # fmt: skip
     """Each user's items, by place and without repeats, one user after another into items [lengths.sum()]."""
     capacity = 16
@@ -206,13 +213,18 @@ def _draw_items(
                 place = rank * spread % num_items
             else:
                 home = (bits >> np.uint64(10) & np.uint64(0xFFFFF)) % num_homes
-                topic = np.int64(mix(stream ^ (home + np.uint64(1)) * GOLDEN) % np.uint64(num_topics))
+                own = mix(stream ^ (home + np.uint64(1)) * GOLDEN)
+                topic = np.int64(own % np.uint64(num_topics))
                 if kind >= np.uint64(717):
                     away = np.int64((bits >> np.uint64(32)) % np.uint64(6))
                     topic = (topic + (away + 1 if away < 3 else 2 - away) + 3 * num_topics) % num_topics
                 low = topic * num_items // num_topics
                 high = (topic + 1) * num_items // num_topics
                 place = low + np.int64((high - low) * chance * chance * math.sqrt(chance))
+                if num_cells > 1 and kind < np.uint64(538):  # three quarters of 717
+                    cell = np.int64((own >> np.uint64(32)) % np.uint64(num_cells))
+                    place += cell - (place - low) % num_cells
+                    place -= num_cells if place >= high else 0
             draw += np.uint64(1)
             slot = mix(np.uint64(place) + GOLDEN) & mask
             while owners[slot] == row + 1 and places[slot] != place:
@@ -306,7 +318,8 @@ def _write_interactions(task: tuple[Catalogue, int, NDArray[np.int64], Path, boo
             block = lengths[begin:end]
             size, user = int(block.sum()), first + int(begin)
             items = np.empty(size, np.uint32)
-            _draw_items(user, block, catalogue.items, catalogue.num_topics, spread, seed, items)
+            communities = catalogue.num_topics, catalogue.num_cells
+            _draw_items(user, block, catalogue.items, *communities, spread, seed, items)
             moments, kinds = np.empty(size, np.int64), np.empty(size if weights else 0, np.int8)
             _moments_and_events(user, block, seed, moments, kinds)
             users = np.repeat(np.arange(user, user + len(block)), block)
@@ -389,12 +402,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=0, help="processes; 0 is one for each core")
     parser.add_argument("--shard-edges", type=int, default=SHARD_EDGES, help="about so many rows to a file")
+    parser.add_argument(
+        "--cell-items", type=int, default=0, help="about so many items to a cell of a topic; 0: no cells"
+    )
     parser.add_argument("--string-keys", action="store_true", help="keys as u0123456789 and i0123456789, hexadecimal")
     parser.add_argument("--weights", action="store_true", help=f"a column event: {', '.join(EVENTS)}")
     parser.add_argument("--features", type=int, default=0, help="width of content vectors in items/; 0 is no items/")
     given = parser.parse_args()
     try:
-        catalogue = Catalogue(given.items, given.users, given.edges, given.seed, given.shard_edges)
+        catalogue = Catalogue(given.items, given.users, given.edges, given.seed, given.shard_edges, given.cell_items)
         report = write(catalogue, given.out, given.workers, given.string_keys, given.weights, given.features)
     except ValueError as error:
         parser.error(str(error))

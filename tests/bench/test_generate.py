@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,23 @@ def test_communities_are_in_interactions_and_in_content(tmp_path: Path) -> None:
     frame = pq.read_table(tmp_path / "interactions").to_pandas()
     commonest = frame["item"].map(topic_of).groupby(frame["user"]).agg(lambda found: found.value_counts().iloc[0])
     assert commonest.sum() / len(frame) > 0.6
+
+
+def test_cells_are_planted_within_topics(tmp_path: Path) -> None:
+    catalogue = Catalogue(items=8192, users=400, edges=8000, seed=7, cell_items=64)
+    assert (catalogue.num_topics, catalogue.num_cells) == (16, 8)
+    write(catalogue, tmp_path / "cells", workers=1)
+    write(replace(catalogue, cell_items=0), tmp_path / "none", workers=1)
+    place_of = dict(zip(keys(np.arange(8192), ITEM, 7).tolist(), range(8192), strict=True))
+    shares = {}
+    for name in ("cells", "none"):
+        frame = pq.read_table(tmp_path / name / "interactions").to_pandas()
+        places = frame["item"].map(place_of)
+        own = places // 512 == (places // 512).groupby(frame["user"]).transform(lambda found: found.mode()[0])
+        cells = (places % 512 % 8)[own]
+        shares[name] = (cells == cells.groupby(frame["user"][own]).transform(lambda found: found.mode()[0])).mean()
+    assert shares["cells"] > 0.65, "three quarters, less what would have been repeats of a cell's popular items"
+    assert shares["none"] < 0.4
 
 
 def test_topics_cut_the_places_evenly() -> None:
