@@ -7,21 +7,21 @@ ranks see the same global batches. Memory: `prefetch` batches prepared ahead.
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from model.loss import Members
 from model.minibatch import Blocks, Ids, NeighbourTable, build_blocks, distinct, hide, reach
+from model.transfer import Batch, Carrier, Kept
 from pipeline.contracts import schemas
 from pipeline.contracts.config import CurriculumRow, Settings
 from pipeline.contracts.datasets import Manifest, open_manifest
@@ -32,6 +32,8 @@ from pipeline.contracts.storage import Storage
 
 _SHUFFLE, _NEGATIVES, _DROPOUT = 2, 3, 4
 """Keep these uses of the seed apart, and apart from the network's initialisation."""
+CPU = torch.device("cpu")
+_NOBODY = np.zeros(0, np.int64)
 
 
 class Position(NamedTuple):
@@ -54,37 +56,17 @@ class Examples:
     all_positive: Ids
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One step's input: blocks as tensors, and who is who among the seeds, of which every item is one."""
-
-    sizes: tuple[int, ...]
-    features: Tensor
-    ids: Tensor
-    index: Tensor
-    weights: Tensor
-    members: Members
-    row: CurriculumRow
-
-    def to(self, device: torch.device) -> Batch:
-        """The same batch on a device; from pinned memory the copy does not wait."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin(self) -> Batch:
-        """The same batch in memory that a GPU can fetch from by itself."""
-        return self._map(lambda tensor: tensor.pin_memory())
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        members = Members(*map(change, self.members))
-        features, ids, index, weights = map(change, (self.features, self.ids, self.index, self.weights))
-        return Batch(self.sizes, features, ids, index, weights, members, self.row)
-
-
 class Loader:
-    """The batches of one rank. waited_seconds is how long `batches` kept its caller waiting, copied_seconds how long
-    it handed batches over to the device."""
+    """The batches of one rank, on its device; carrier tells what it waited and copied."""
 
-    def __init__(self, storage: Storage, settings: Settings, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        settings: Settings,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device = CPU,
+    ) -> None:
         task, cache = settings.task, settings.resources.cache
         self._storage, self._cache = storage, cache
         self.seed, self.rank, self.world_size = task.seed, rank, world_size
@@ -112,6 +94,7 @@ class Loader:
         self._table = NeighbourTable.of(indptr, neighbours, lists(schemas.NEIGHBOURS, "weights")[1])
         self._widths = reach(task.model.num_layers, task.model.fan_outs, self._table.width)
         self._curriculum, self._exponent = task.training.curriculum, task.training.popularity_exponent
+        self._run = task.training.consecutive_pairs
         self._dropout = task.training.neighbour_dropout, task.training.content_dropout
         self.mined: NDArray[np.integer] | None = None
         mean, _ = self.statistics()
@@ -123,8 +106,9 @@ class Loader:
             np.flatnonzero(kinds != "degree"),
         )
         self._content_means = np.array(mean)[self._content_columns]
-        self._pinned = False
-        self.waited_seconds = self.copied_seconds = 0.0
+        kept_bytes = settings.resources.training.device_features
+        kept = Kept(self._features, self._table.neighbours, int(kept_bytes), device) if kept_bytes else None
+        self.carrier = Carrier(device, kept)
 
     @property
     def num_features(self) -> int:
@@ -147,7 +131,7 @@ class Loader:
         """This rank's examples of a step, and the pairs and shared negatives of the whole global batch."""
         size, row = self.global_batch, self.row(epoch)
         seed = int(np.random.SeedSequence((self.seed, _SHUFFLE, epoch)).generate_state(1, np.uint64)[0])
-        rows = shuffled(np.arange(step * size, (step + 1) * size), self.num_pairs, seed)
+        rows = shuffled_runs(np.arange(step * size, (step + 1) * size), self.num_pairs, self._run, seed)
         query, positive = self._query[rows], self._positive[rows]
         generator = np.random.default_rng(np.random.SeedSequence((self.seed, _NEGATIVES, epoch, step)))
         drawn = [generator.integers(0, self.num_items, row.uniform)]
@@ -234,12 +218,18 @@ class Loader:
             chances((*seed, kind), seeds) < share if share else None for kind, share in enumerate(self._dropout)
         )
         blocks = self.blocks(seeds, examples.all_query, examples.all_positive, alone)
-        features, numbers = self.features(blocks.ids), blocks.ids.astype(np.int64)
-        if alone is not None:
-            numbers[np.flatnonzero(alone)] = -1
-            features[np.flatnonzero(alone)[:, None], self._degree_columns] = 0
-        if silent is not None:
-            features[np.flatnonzero(silent)[:, None], self._content_columns] = self._content_means
+        numbers, kept = blocks.ids.astype(np.int64), self.carrier.kept
+        new, mute = (_NOBODY if drawn is None else np.flatnonzero(drawn) for drawn in (alone, silent))
+        lacking, slots = (None, None) if kept is None else kept.split(blocks.ids, np.concatenate([new, mute]))
+        sent = blocks.ids if lacking is None else blocks.ids[lacking]
+        features = self.features(sent)
+        for changed, columns, value in (
+            (new, self._degree_columns, 0.0),
+            (mute, self._content_columns, self._content_means),
+        ):
+            rows = changed if lacking is None else np.searchsorted(lacking, changed)
+            features[rows[:, None], columns] = value
+        numbers[new] = -1
         candidates = np.flatnonzero(examples.shared >= 0)
         shared = examples.shared[candidates]
         members = (
@@ -248,31 +238,28 @@ class Loader:
             self.log_q(row, examples.positive), self.log_q(row, shared),
         )  # fmt: skip
         inputs, shown, index, lists = map(torch.from_numpy, (features, numbers, blocks.index, blocks.weights))
-        batch = Batch(blocks.sizes, inputs, shown, index, lists, Members(*map(torch.from_numpy, members)), row)
-        return batch.pin() if self._pinned else batch
+        known = (None if array is None else torch.from_numpy(array) for array in (lacking, slots))
+        batch = Batch(blocks.sizes, inputs, shown, index, lists, Members(*map(torch.from_numpy, members)), row, *known)
+        return self.carrier.prepared(batch)
 
-    def batches(self, start: Position, stop: Position, device: torch.device) -> Iterator[tuple[Position, Batch]]:
-        """Batches from a position up to another, prepared ahead by threads that end with them."""
-        self._pinned = device.type == "cuda"
-        positions = self._positions(start, stop)
-        ready: deque[tuple[Position, Future[Batch]]] = deque()
-        worker = ThreadPoolExecutor(self._workers, thread_name_prefix="loader")
-        try:
-            while True:
-                while len(ready) < self.prefetch and (position := next(positions, None)) is not None:
-                    ready.append((position, worker.submit(self.batch, *position)))
-                if not ready:
-                    return
-                position, future = ready.popleft()
-                began = time.perf_counter()
-                batch = future.result()
-                arrived = time.perf_counter()
-                batch = batch.to(device)
-                self.waited_seconds += arrived - began
-                self.copied_seconds += time.perf_counter() - arrived
-                yield position, batch
-        finally:
-            worker.shutdown(cancel_futures=True)
+    def batches(self, start: Position, stop: Position) -> Iterator[tuple[Position, Batch]]:
+        """Batches from a position up to another, on the device, prepared ahead by threads that end with them."""
+        with ThreadPoolExecutor(self._workers, thread_name_prefix="loader") as worker:
+            ready: deque[Future[Batch]] = deque()
+            positions = self._positions(start, stop)
+
+            def prepared() -> Iterator[Future[Batch]]:
+                for position in islice(positions, self.prefetch):
+                    ready.append(worker.submit(self.batch, *position))
+                while ready:
+                    yield ready.popleft()
+                    for position in islice(positions, 1):
+                        ready.append(worker.submit(self.batch, *position))
+
+            try:
+                yield from zip(self._positions(start, stop), self.carrier.carry(prepared()), strict=True)
+            finally:
+                worker.shutdown(wait=False, cancel_futures=True)
 
     def _positions(self, start: Position, stop: Position) -> Iterator[Position]:
         position = start
@@ -302,6 +289,16 @@ class Loader:
 def curriculum_row(curriculum: tuple[CurriculumRow, ...], epoch: int) -> CurriculumRow:
     """The last row that has begun at this epoch."""
     return [row for row in curriculum if row.from_epoch <= epoch][-1]
+
+
+def shuffled_runs(places: NDArray[np.int64], total: int, length: int, seed: int) -> NDArray[np.int64]:
+    """The pair at each place of an epoch's order: runs of so many consecutive pairs are shuffled, not what is in them.
+
+    Where runs begin is drawn too. If they do not come out even, a few pairs come twice and as many not at all.
+    """
+    runs, within = np.divmod(places, length)
+    rows: NDArray[np.int64] = (shuffled(runs, -(-total // length), seed) * length + within + seed % length) % total
+    return rows
 
 
 def drawn_from(

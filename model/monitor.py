@@ -107,14 +107,13 @@ class Monitor:
 
     def _restart(self) -> None:
         self.steps, self.began = 0, time.perf_counter()
-        self.before = self.loader.waited_seconds, self.loader.copied_seconds
+        self.before = self.loader.carrier.waited_seconds, self.loader.carrier.copied_seconds
 
     def _speed(self) -> dict[str, float]:
-        """Pairs per second in this epoch, and the shares of its time spent waiting for data and handing it over."""
-        seconds = time.perf_counter() - self.began
+        """Pairs per second in this epoch, and the shares of its time that its device waited and that were copying."""
+        seconds, carrier = time.perf_counter() - self.began, self.loader.carrier
         waited, copied = (
-            now - then
-            for now, then in zip((self.loader.waited_seconds, self.loader.copied_seconds), self.before, strict=True)
+            now - then for now, then in zip((carrier.waited_seconds, carrier.copied_seconds), self.before, strict=True)
         )
         rate = self.steps * self.loader.global_batch / seconds
         return {"pairs_per_s": rate, "waiting": waited / seconds, "copying": copied / seconds}

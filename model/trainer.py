@@ -22,10 +22,11 @@ from torch import Tensor
 from model import checkpoint
 from model.catalogue import Examiner, embed_all, nearest
 from model.distributed import Group
-from model.loader import Batch, Loader, Position
+from model.loader import Loader, Position
 from model.loss import score, training_loss
 from model.monitor import Monitor
 from model.pinsage import PinSage
+from model.transfer import Batch
 from pipeline.contracts import config, schemas
 from pipeline.contracts.config import Settings
 from pipeline.contracts.datasets import Lineage, Manifest, begin, commit, trace, write_file
@@ -69,7 +70,7 @@ def train(storage: Storage, settings: Settings, lineage: Lineage, group: Group) 
     if there is a checkpoint of other settings.
     """
     resources = settings.resources.training
-    loader = Loader(storage, settings, group.rank, group.world_size)
+    loader = Loader(storage, settings, group.rank, group.world_size, group.device)
     trainer = Trainer(settings, loader, group)
     saved = group.from_first(checkpoint.read(storage) if group.is_first else None)
     keeper = checkpoint.Keeper(storage, lineage, resources.keep_checkpoints)
@@ -147,7 +148,7 @@ class Trainer:
         while start < stop and not self.is_enough():
             self._mine(start)
             until = self._mined_until(start, stop)
-            for position, batch in self.loader.batches(start, until, self.group.device):
+            for position, batch in self.loader.batches(start, until):
                 yield position, batch
                 if self.is_enough():
                     return

@@ -11,7 +11,9 @@ negatives that are not checked against the pairs. Not counted for ours: making t
 
 Everyone goes in turn, some steps each, after steps that are not counted; ratios are medians over the rounds. Growth is
 the cost of a pair in a catalogue of 10 million items by that of 100 000, of the same generator, with features in the
-page cache and read once. With other sizes (--quick, --items, --large) the keys keep their names, and `sizes` tells.
+page cache and read once; with task.training.consecutive_pairs 1, the default, and 16. `--device cuda` measures only
+training on a GPU: 10 million items, 50 x 10 neighbours, 256 dimensions. With other sizes (--quick, --items, --large)
+the keys keep their names, and `sizes` tells.
 
 The last line is one JSON object. A peer that is not installed is left out, and its figures are null.
 """
@@ -54,6 +56,8 @@ from pipeline.walk_kernel import BipartiteGraph
 
 HIDDEN, OUTPUTS, NEGATIVES, MARGIN, LEARNING_RATE = 256, 128, 500, 0.1, 1e-3  # as in the default settings
 WALKS, HOPS, RESTART, BUDGET = 200, 3, 0.5, 2048
+IN_A_ROW = 16
+"""Pairs that are shuffled as one, in the second way that growth is measured."""
 WARM_UP = 3
 """Steps before each timed stretch: the loader's thread is then as far ahead as it is at its end."""
 SHARD_ITEMS = 500_000
@@ -61,7 +65,7 @@ LOADED = ": others were running: repeat it"
 LINEAGE = Lineage("bench", {}, {})
 KEYS = (
     "pairs_per_s_vs_dgl_t10", "pairs_per_s_vs_dgl_t50", "pairs_per_s_vs_dgl_layers_t50", "pairs_per_s_bf16_vs_float32",
-    "data_wait_share", "growth_100k_to_10m",
+    "data_wait_share", "growth_100k_to_10m", "growth_in_rows", "growth_from_singles_to_rows", "rows_vs_singles_10m",
 )  # fmt: skip
 
 
@@ -131,14 +135,13 @@ def write_run(folder: Path, graph: BipartiteGraph, world: World) -> None:
 def draw_pairs(
     graph: BipartiteGraph, count: int, random: np.random.Generator
 ) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-    """An item of a random edge and another one of the edge's user; users with one item only have none."""
-    degrees = np.diff(graph.user_indptr)
-    edges = random.integers(0, len(graph.user_items), count)
-    users = np.searchsorted(graph.user_indptr, edges, side="right") - 1
-    edges, users = edges[degrees[users] > 1], users[degrees[users] > 1]
-    starts, lengths = graph.user_indptr[users], degrees[users]
-    others = starts + (edges - starts + random.integers(1, lengths)) % lengths
-    return graph.user_items[edges], graph.user_items[others]
+    """About so many pairs of consecutive items of whole users, one user after the other, as the stage stores them."""
+    order = random.permutation(len(graph.user_indptr) - 1)
+    lengths = np.diff(graph.user_indptr)[order]
+    order = order[: 1 + int(np.searchsorted(np.cumsum(np.maximum(lengths - 1, 0)), count))]
+    rows = [graph.user_items[graph.user_indptr[user] : graph.user_indptr[user + 1]] for user in order.tolist()]
+    nothing = [np.zeros(0, np.uint32)]
+    return np.concatenate(nothing + [row[:-1] for row in rows]), np.concatenate(nothing + [row[1:] for row in rows])
 
 
 # ------------------------------------------------------------------------------------------------ who is timed
@@ -192,7 +195,10 @@ class Ours:
         seed: int,
         model: Mapping[str, Any] | None = None,
         training: Mapping[str, Any] | None = None,
+        group: distributed.Group | None = None,
+        resources: Mapping[str, Any] | None = None,
     ) -> None:
+        self.group = group or distributed.Group()
         shape = {"num_layers": 2, "hidden_dimensions": HIDDEN, "output_dimensions": OUTPUTS}
         steps = {
             "loss": "max_margin", "margin": MARGIN, "batch_size": batch, "learning_rate": LEARNING_RATE,
@@ -206,11 +212,10 @@ class Ours:
             },
             "resources": {
                 "run": str(folder / "run"), "cache": str(folder / "cache"),
-                "training": {"threads": measure.num_cores(), "device": "cpu"},
+                "training": {"threads": measure.num_cores()} | dict(resources or {}),
             },
         })  # fmt: skip
-        self.group = distributed.Group()
-        self.loader = Loader(Storage(settings.resources.run), settings)
+        self.loader = Loader(Storage(settings.resources.run), settings, device=self.group.device)
         self.trainer = Trainer(settings, self.loader, self.group)
         self.batch = self.loader.global_batch
         self.clock, self.position = Clock(), Position(1, 0)
@@ -227,20 +232,27 @@ class Ours:
             self.loader.features(items)
             self.loader.lists(first, first + len(items))
 
+    def _finish(self) -> None:
+        """Wait for what is queued on a GPU."""
+        if self.group.device.type == "cuda":
+            torch.cuda.synchronize(self.group.device)
+
     def round(self, num_steps: int) -> Round:
         """The next steps; the loader's thread works ahead to the end and past it, as in a long run."""
-        batches = self.loader.batches(self.position, Position(1 << 30, 0), self.group.device)
+        batches = self.loader.batches(self.position, Position(1 << 30, 0))
         for _ in range(WARM_UP):
             self.trainer.step(*next(batches))
+        self._finish()
         self.clock.seconds.clear()
-        waited, nodes = self.loader.waited_seconds, []
+        waited, nodes = self.loader.carrier.waited_seconds, []
         began, processor = time.perf_counter(), time.process_time()
         for _ in range(num_steps):
             position, batch = next(batches)
             self.trainer.step(position, batch)
             nodes.append(batch.sizes)
+        self._finish()
         seconds, processor = time.perf_counter() - began, time.process_time() - processor
-        waiting = (self.loader.waited_seconds - waited) / seconds
+        waiting = (self.loader.carrier.waited_seconds - waited) / seconds
         parts = self.clock.means()
         batches.close()  # type: ignore[attr-defined]
         self.position = self.loader.after(position)
@@ -433,33 +445,81 @@ def measure_speed(folder: Path, world: World, batch: int, rounds: int, steps: in
     return results
 
 
+def made(folder: Path, world: World) -> Path:
+    """A run folder of the world, of which only the graph is ever beside another's."""
+    here, began = folder / f"{world.items}", time.perf_counter()
+    write_run(here, world.graph(), world)
+    print(f"{world.items:,} items made in {time.perf_counter() - began:.0f} s", flush=True)
+    return here
+
+
 def measure_growth(folder: Path, small: World, large: World, batch: int, rounds: int, steps: int) -> dict[str, Any]:
-    """The same trainer in a small and in a large catalogue: only the large one's graph is ever beside a run folder."""
+    """The same trainer in a small and in a large catalogue, pairs shuffled one by one and in rows."""
     cases: dict[str, Case] = {}
     for world in (small, large):
-        here, began = folder / f"{world.items}", time.perf_counter()
-        write_run(here, world.graph(), world)
-        ours = Ours(here, batch, world.seed)
-        ours.touch()
-        cases[f"{world.items:,} items"] = Case(ours.round, steps)
-        print(f"{world.items:,} items made in {time.perf_counter() - began:.0f} s", flush=True)
+        here = made(folder, world)
+        for length in (1, IN_A_ROW):
+            ours = Ours(here, batch, world.seed, training={"consecutive_pairs": length})
+            ours.touch()
+            cases[f"{world.items:,} items, {length} in a row"] = Case(ours.round, steps)
     found = alternate(cases, rounds)
-    before, after = found.values()
     growth = show("growth", found, batch)
-    nodes = np.divide(*(np.array(each["nodes"]) for each in reversed(growth.values()))).round(2).tolist()
-    print(f"a pair costs {ratio(after, before):.2f} times as much, with {nodes} times as many nodes in the layers")
-    return {"growth": growth, "growth_100k_to_10m": ratio(after, before), "growth_of_nodes": nodes}
+    nodes = [np.array(each["nodes"]) for each in growth.values()]
+    before, before_rows, after, after_rows = found.values()
+    results: dict[str, Any] = {"growth": growth, "growth_of_nodes": (nodes[2] / nodes[0]).round(2).tolist()}
+    for key, slow, fast in (
+        ("growth_100k_to_10m", after, before),
+        ("growth_in_rows", after_rows, before_rows),
+        ("growth_from_singles_to_rows", after_rows, before),
+        ("rows_vs_singles_10m", after, after_rows),
+    ):
+        results[key] = ratio(slow, fast)
+    print(
+        f"a pair costs {results['growth_100k_to_10m']:.2f} times as much, with {results['growth_of_nodes']} times as "
+        f"many nodes in the layers; with {IN_A_ROW} in a row in both {results['growth_in_rows']:.2f} times, and in the "
+        f"large one alone {results['growth_from_singles_to_rows']:.2f} times"
+    )
+    return results
 
 
-def run(items: int, large: int, batch: int, rounds: int, steps: int, pairs: int, seed: int) -> dict[str, Any]:
-    """Measure, print the tables, and return what the last line says; large 0 leaves growth out."""
+def measure_device(
+    folder: Path, world: World, batch: int, rounds: int, steps: int, group: distributed.Group
+) -> dict[str, Any]:
+    """Pairs a second on a device: 50 neighbours a seed and 10 of each of those, 256 dimensions, in both precisions."""
+    here, cases = made(folder, world), {}
+    model = {"fan_outs": [10, 50], "output_dimensions": 256}
+    for name, training, kept in (
+        ("float32", {}, None),
+        ("bfloat16", {"precision": "bfloat16"}, None),
+        ("bfloat16, features kept", {"precision": "bfloat16"}, "8g"),
+    ):
+        resources = {"workers": max(1, measure.num_cores() // 2), "prefetch": 16, "device_features": kept}
+        ours = Ours(here, batch, world.seed, model, training, group, resources)
+        ours.touch()
+        cases[name] = Case(ours.round, steps)
+    results = show("device", alternate(cases, rounds), batch)
+    best = max(results.values(), key=lambda each: float(each["pairs_per_s"]))
+    return {"device": results, "pairs_per_s_device": best["pairs_per_s"], "device_wait_share": best["data_share"]}
+
+
+def run(
+    items: int, large: int, batch: int, rounds: int, steps: int, pairs: int, seed: int, device: str = ""
+) -> dict[str, Any]:
+    """Measure, print the tables, and return what the last line says; large 0 leaves growth out.
+
+    device: measure only how fast it trains in the large catalogue.
+    """
     about, cores = measure.machine(), measure.num_cores()
     print("\n".join(f"{name:12} {value}" for name, value in about.items()), flush=True)
     world, results = World(items, 50, OUTPUTS, pairs, seed), dict.fromkeys(KEYS)
-    resources = TrainingResources(threads=cores, device="cpu")
-    with tempfile.TemporaryDirectory(prefix="bench-training-") as folder, distributed.start(resources):
-        results |= measure_speed(Path(folder) / "speed", world, batch, rounds, steps)
-        if large:
+    resources = TrainingResources.model_validate({"threads": cores, "device": device or "cpu"})
+    with tempfile.TemporaryDirectory(prefix="bench-training-") as folder, distributed.start(resources) as group:
+        if device:
+            where = replace(world, items=large)
+            results |= measure_device(Path(folder) / "device", where, batch, rounds, steps, group)
+        else:
+            results |= measure_speed(Path(folder) / "speed", world, batch, rounds, steps)
+        if large and not device:
             small = replace(world, neighbours=10, width=64)
             results |= measure_growth(Path(folder) / "growth", small, replace(small, items=large), batch, rounds, steps)
     after = measure.load()
@@ -483,6 +543,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--steps", type=int, help="of a round; a quarter of them where DGL is at work")
     parser.add_argument("--pairs", type=int, help="pairs in store")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="only how fast this trains in the large catalogue")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     sizes = {"items": 100_000, "large": 10_000_000, "batch": 2048, "rounds": 5, "steps": 4, "pairs": 500_000}
@@ -491,7 +552,7 @@ def main(arguments: list[str] | None = None) -> None:
     sizes |= {name: value for name, value in vars(given).items() if name in sizes and value}
     if given.skip_growth:
         sizes["large"] = 0
-    print(json.dumps(run(**sizes, seed=given.seed), default=float))
+    print(json.dumps(run(**sizes, seed=given.seed, device=given.device or ""), default=float))
 
 
 if __name__ == "__main__":

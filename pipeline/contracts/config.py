@@ -372,6 +372,9 @@ class Training(Section):
     batch_size: PositiveInt = 2048
     """Pairs per step over all ranks (paper: 2048); shrunk to the number of pairs if there are fewer. The pairs at the
     end of an epoch that do not fill a batch are left out of it."""
+    consecutive_pairs: PositiveInt = 1
+    """So many pairs that are stored one after the other, mostly of one user, are shuffled as one. 1: every pair on its
+    own. More: what a user touches lies close together in the graph, so a batch meets fewer different items."""
     optimizer: Literal["sgd", "adam"] = "adam"
     """Paper-exact: sgd."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 1e-3
@@ -511,6 +514,9 @@ class TrainingResources(Section):
     """Batches prepared ahead of the device."""
     workers: PositiveInt = 1
     """Threads of each rank that prepare batches; where the device is a GPU, one is too few."""
+    device_features: ByteSize | None = None
+    """Memory of each GPU, such as 8g, for the features of the items that are most often a neighbour: they are not sent
+    again with every batch. None: all are sent."""
     checkpoint_every_steps: PositiveInt = 500
     """A killed run loses at most this many steps, or checkpoint_every_minutes."""
     checkpoint_every_minutes: Annotated[float, Field(gt=0.0)] = 10.0

@@ -65,3 +65,12 @@ def test_no_block_of_the_peer_shows_a_pair() -> None:
         inner += block.num_edges()
     assert inner > 0
     assert not shown & hidden
+
+
+def test_a_device_is_measured_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = "--large 800 --batch 64 --rounds 1 --steps 1 --pairs 2000 --device cpu"
+    training.main(sizes.split())
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["pairs_per_s_device"] > 0
+    assert 0 <= last["device_wait_share"] < 1
+    assert list(last["device"]) == ["float32", "bfloat16", "bfloat16, features kept"]

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from model.loader import Batch, Loader, Position, curriculum_row
+from model.loader import Loader, Position, curriculum_row
+from model.transfer import Batch, commonest
 from pipeline.contracts import schemas
 from pipeline.contracts.config import CurriculumRow
 from pipeline.contracts.datasets import Lineage, commit, open_manifest
@@ -17,7 +18,6 @@ from pipeline.contracts.errors import DataError
 from tests.model.conftest import Run, plant
 
 MakeRun = Callable[..., Run]
-CPU = torch.device("cpu")
 
 
 def test_every_pair_comes_once_per_epoch_in_another_order(make_run: MakeRun) -> None:
@@ -35,6 +35,26 @@ def test_every_pair_comes_once_per_epoch_in_another_order(make_run: MakeRun) -> 
 def test_the_tail_that_fills_no_batch_is_left_out(make_run: MakeRun) -> None:
     run = make_run(training={"batch_size": 300})
     assert Loader(run.storage, run.settings).steps_per_epoch == 3
+
+
+@pytest.mark.parametrize(("length", "num_pairs"), [(8, 1000), (7, 1000), (64, 960)])
+def test_pairs_that_are_stored_together_stay_together_if_asked_for(
+    make_run: MakeRun, length: int, num_pairs: int
+) -> None:
+    numbers = np.arange(num_pairs)
+    run = make_run(
+        training={"batch_size": 320, "consecutive_pairs": length}, query=numbers // 240, positive=numbers % 240
+    )
+    loader = Loader(run.storage, run.settings)
+    epochs = []
+    for epoch in range(1, 6):
+        steps = [loader.examples(epoch, step) for step in range(loader.steps_per_epoch)]
+        epochs.append(np.concatenate([step.query.astype(np.int64) * 240 + step.positive for step in steps]))
+        breaks = np.flatnonzero(np.diff(epochs[-1]) != 1)
+        num_runs = -(-len(epochs[-1]) // length)
+        assert 0.8 * num_runs <= len(breaks) + 1 <= num_runs + 1, "one is cut, some meet by chance"
+        assert len(np.unique(epochs[-1])) > len(epochs[-1]) - length
+    assert len({int(epoch[0]) % length for epoch in epochs}) > 1, "runs begin elsewhere in every epoch"
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -192,11 +212,11 @@ def test_a_pair_of_another_rank_is_hidden_too(make_run: MakeRun) -> None:
 def test_batches_ahead_equal_batches_asked_for_and_start_anywhere(make_run: MakeRun) -> None:
     run = make_run(training={"epochs": 2, "batch_size": 200})
     loader = Loader(run.storage, run.settings)
-    found = list(loader.batches(Position(1, 3), Position(3, 0), CPU))
+    found = list(loader.batches(Position(1, 3), Position(3, 0)))
     assert [position for position, _ in found] == [(1, 3), (1, 4), *((2, step) for step in range(5))]
     for position, batch in found:
         assert equal(batch, loader.batch(*position))
-    assert list(loader.batches(Position(3, 0), Position(3, 0), CPU)) == []
+    assert list(loader.batches(Position(3, 0), Position(3, 0))) == []
 
 
 def test_an_error_while_preparing_reaches_the_trainer(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +228,7 @@ def test_an_error_while_preparing_reaches_the_trainer(make_run: MakeRun, monkeyp
 
     monkeypatch.setattr(loader, "batch", fail)
     with pytest.raises(DataError, match=r"no batch at \(1, 0\)"):
-        list(loader.batches(Position(1, 0), Position(2, 0), CPU))
+        list(loader.batches(Position(1, 0), Position(2, 0)))
 
 
 def test_the_last_curriculum_row_that_has_begun_counts() -> None:
@@ -220,9 +240,32 @@ def test_the_last_curriculum_row_that_has_begun_counts() -> None:
 def test_several_threads_prepare_the_same_batches_in_order(make_run: MakeRun, workers: int, prefetch: int) -> None:
     run = make_run(resources={"workers": workers, "prefetch": prefetch})
     loader = Loader(run.storage, run.settings)
-    found = list(loader.batches(Position(1, 0), Position(2, 0), CPU))
+    found = list(loader.batches(Position(1, 0), Position(2, 0)))
     assert [position for position, _ in found] == [(1, step) for step in range(10)]
     assert all(equal(batch, loader.batch(*position)) for position, batch in found)
+
+
+@pytest.mark.parametrize("num_kept", [0.5, 60, 1000])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_features_kept_on_the_device_make_the_same_batches(make_run: MakeRun, num_kept: float, dropout: float) -> None:
+    training = {"neighbour_dropout": dropout, "content_dropout": dropout}
+    kept_bytes = int(num_kept * plant()["features"][0].nbytes)
+    run = make_run(training=training, resources={"device_features": kept_bytes}, columns=COLUMNS)
+    loader = Loader(run.storage, run.settings)
+    plain = make_run(training=training, columns=COLUMNS)
+    assert len(loader.carrier.kept or ()) == min(int(num_kept), 240)
+    sent = [len(loader.batch(1, step).features) for step in range(10)]
+    batches = [batch for _, batch in loader.batches(Position(1, 0), Position(2, 0))]
+    others = Loader(plain.storage, plain.settings).batches(Position(1, 0), Position(2, 0))
+    assert all(equal(batch, other) for batch, (_, other) in zip(batches, others, strict=True))
+    assert all(count < batch.sizes[0] for count, batch in zip(sent, batches, strict=True)) == (num_kept >= 1)
+
+
+def test_the_commonest_neighbours_are_counted() -> None:
+    neighbours = np.repeat(np.array([4, 0, 2, 7], np.uint32), [5, 3, 9, 1])
+    assert commonest(neighbours, 8, 2).tolist() == [2, 4]
+    assert commonest(neighbours, 8, 100).tolist() == [0, 2, 4, 7], "no more than there are"
+    assert commonest(neighbours[:0], 8, 3).tolist() == []
 
 
 @pytest.mark.parametrize(
