@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.softmax import blocked_softmax
 from pipeline.contracts import config
 
 
@@ -47,35 +48,48 @@ class Scores(NamedTuple):
     shared_log_q: Tensor
 
 
-def score(
-    embeddings: Tensor,
-    members: Members,
-    gather: Callable[[Tensor], Tensor],
-    in_batch: bool = False,
-    hardest: int = 0,
-) -> Scores:
-    """Scores of a batch whose members are rows of embeddings [S, d], each item being one row.
+class Vectors(NamedTuple):
+    """Embeddings of b queries, their positives [b, d], the shared negatives [C, d], and hard ones [b, H, d]."""
 
-    gather puts what the ranks embed of the shared negatives one behind the other. The `hardest` of them count again
-    as hard ones of the query.
+    query: Tensor
+    positive: Tensor
+    shared: Tensor
+    hard: Tensor
+
+
+def choose(embeddings: Tensor, members: Members, gather: Callable[[Tensor], Tensor], in_batch: bool) -> Vectors:
+    """The members of a batch, from the embeddings [S, d] of its seeds, of which each item is one.
+
+    gather puts what the ranks embed of the shared negatives one behind the other.
     """
-    z_query = embeddings.index_select(0, members.query)
-    z_positive = embeddings.index_select(0, members.positive)
+    query = embeddings.index_select(0, members.query)
+    positive = embeddings.index_select(0, members.positive)
     mine = embeddings.index_select(0, members.drawn)
-    z_shared = gather(torch.cat([mine, z_positive]) if in_batch else mine)
-    if len(z_shared) != len(members.shared_row):
-        z_shared = z_shared.index_select(0, members.shared_row)
-    z_hard = embeddings.index_select(0, members.hard.flatten()).view(*members.hard.shape, embeddings.shape[1])
-    own = torch.stack([members.query_id, members.positive_id])[:, :, None]
+    shared = gather(torch.cat([mine, positive]) if in_batch else mine)
+    if len(shared) != len(members.shared_row):
+        shared = shared.index_select(0, members.shared_row)
+    hard = embeddings.index_select(0, members.hard.flatten()).view(*members.hard.shape, embeddings.shape[1])
+    return Vectors(query, positive, shared, hard)
 
-    def masked(values: Tensor, ids: Tensor) -> Tensor:
-        return values.masked_fill((ids == own).any(0) | (ids < 0), -torch.inf)
 
-    shared = masked(z_query @ z_shared.T, members.shared_id)
-    hard = masked(torch.einsum("bd,bhd->bh", z_query, z_hard), members.hard_id)
+def score(vectors: Vectors, members: Members, hardest: int = 0) -> Scores:
+    """Scores of a batch; the `hardest` of the shared negatives count again as hard ones of the query."""
+    shared = _masked(vectors.query @ vectors.shared.T, members.shared_id, members)
+    positive, hard = _own_scores(vectors, members)
     if hardest:
         hard = torch.cat([hard, shared.topk(min(hardest, shared.shape[1]), dim=1).values], dim=1)
-    return Scores((z_query * z_positive).sum(1), shared, hard, members.positive_log_q, members.shared_log_q)
+    return Scores(positive, shared, hard, members.positive_log_q, members.shared_log_q)
+
+
+def _own_scores(vectors: Vectors, members: Members) -> tuple[Tensor, Tensor]:
+    """Of every query with its positive [b], and with its hard negatives [b, H]."""
+    hard = torch.einsum("bd,bhd->bh", vectors.query, vectors.hard)
+    return (vectors.query * vectors.positive).sum(1), _masked(hard, members.hard_id, members)
+
+
+def _masked(values: Tensor, ids: Tensor, members: Members) -> Tensor:
+    own = torch.stack([members.query_id, members.positive_id])[:, :, None]
+    return values.masked_fill((ids == own).any(0) | (ids < 0), -torch.inf)
 
 
 def max_margin(scores: Scores, margin: float) -> Tensor:
@@ -122,8 +136,11 @@ def _means(shared: Tensor, hard: Tensor) -> Tensor:
     return shared.mean() + hard.mean() if hard.shape[1] else shared.mean()
 
 
-def training_loss(scores: Scores, settings: config.Training) -> Tensor:
+def training_loss(vectors: Vectors, members: Members, settings: config.Training, hardest: int = 0) -> Tensor:
     """The loss that the settings name."""
+    if settings.loss == "softmax" and not hardest:
+        return _softmax_of(vectors, members, settings.temperature, settings.correct_sampling)
+    scores = score(vectors, members, hardest)
     if settings.loss == "softmax":
         return softmax(scores, settings.temperature, settings.correct_sampling)
     if settings.loss == "bpr":
@@ -131,3 +148,14 @@ def training_loss(scores: Scores, settings: config.Training) -> Tensor:
     if settings.loss == "cross_entropy":
         return cross_entropy(scores, settings.temperature)
     return max_margin(scores, settings.margin)
+
+
+def _softmax_of(vectors: Vectors, members: Members, temperature: float, corrected: bool) -> Tensor:
+    """`softmax` of the vectors' scores, without making them all at once."""
+    positive, hard = _own_scores(vectors, members)
+    positive, shift = positive / temperature, torch.zeros_like(vectors.shared[:, 0])
+    if corrected:
+        positive, shift = positive - members.positive_log_q, members.shared_log_q
+    own = torch.cat([positive[:, None], hard / temperature], dim=1)
+    ids = members.query_id, members.positive_id
+    return blocked_softmax(vectors.query, vectors.shared, own, shift, temperature, ids, members.shared_id)

@@ -23,7 +23,7 @@ from model import checkpoint
 from model.catalogue import Examiner, embed_all, nearest
 from model.distributed import Group
 from model.loader import Loader, Position
-from model.loss import score, training_loss
+from model.loss import choose, training_loss
 from model.monitor import Monitor
 from model.pinsage import PinSage
 from model.transfer import Batch
@@ -166,10 +166,8 @@ class Trainer:
         device = self.group.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
             embeddings = self.network(batch.features, batch.ids, batch.index, batch.weights, batch.sizes)
-        row = batch.row
-        return training_loss(
-            score(embeddings, batch.members, self.group.gather, row.in_batch, row.hardest), self.settings
-        )
+        vectors = choose(embeddings, batch.members, self.group.gather, batch.row.in_batch)
+        return training_loss(vectors, batch.members, self.settings, batch.row.hardest)
 
     def step(self, position: Position, batch: Batch) -> None:
         """One update."""

@@ -8,7 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.loss import Members, Scores, bpr, cross_entropy, max_margin, score, softmax
+import model.softmax
+from model.loss import (
+    Members,
+    Scores,
+    bpr,
+    choose,
+    cross_entropy,
+    max_margin,
+    score,
+    softmax,
+    training_loss,
+)
+from pipeline.contracts import config
 
 NO_HARD = torch.zeros(2, 0)
 ZEROS = torch.zeros(2)
@@ -106,29 +118,34 @@ def same(rows: Tensor) -> Tensor:
     return rows
 
 
+def scores_of(vectors: Tensor, chosen: Members, in_batch: bool = False, hardest: int = 0) -> Scores:
+    """Scores of a batch of one rank alone."""
+    return score(choose(vectors, chosen, same, in_batch), chosen, hardest)
+
+
 def test_scores_are_inner_products() -> None:
-    scores = score(embeddings(), members([0, 3], [1, 2], [3, 0], [[2], [1]]), same)
+    scores = scores_of(embeddings(), members([0, 3], [1, 2], [3, 0], [[2], [1]]))
     torch.testing.assert_close(scores.positive, torch.tensor([0.8, 0.8]))
     torch.testing.assert_close(scores.shared, torch.tensor([[0.0, -torch.inf], [-torch.inf, 0.0]]))
     torch.testing.assert_close(scores.hard, torch.tensor([[0.6], [0.6]]))
 
 
 def test_the_batchs_other_positives_are_negatives_and_its_own_is_not() -> None:
-    scores = score(embeddings(), members([0, 3], [1, 2], [3], [[], []], in_batch=True), same, in_batch=True)
+    scores = scores_of(embeddings(), members([0, 3], [1, 2], [3], [[], []], in_batch=True), in_batch=True)
     expected = torch.tensor([[0.0, -torch.inf, 0.6], [-torch.inf, 0.6, -torch.inf]])
     torch.testing.assert_close(scores.shared, expected)
 
 
 def test_the_hardest_shared_negatives_count_again() -> None:
-    scores = score(embeddings(), members([0], [3], [1, 2, 0, 3], [[2]]), same, hardest=1)
+    scores = scores_of(embeddings(), members([0], [3], [1, 2, 0, 3], [[2]]), hardest=1)
     torch.testing.assert_close(scores.hard, torch.tensor([[0.6, 0.8]]))
-    assert score(embeddings(), members([0], [3], [1], [[]]), same, hardest=5).hard.shape == (1, 1)
+    assert scores_of(embeddings(), members([0], [3], [1], [[]]), hardest=5).hard.shape == (1, 1)
 
 
 @pytest.mark.parametrize("loss", ALL)
 def test_accidental_hits_and_missing_negatives_cost_nothing(loss: object) -> None:
     vectors = embeddings()
-    scores = score(vectors, members([0], [1], [0, 1, 1], [[1, -1]]), same, hardest=2)
+    scores = scores_of(vectors, members([0], [1], [0, 1, 1], [[1, -1]]), hardest=2)
     found = loss(scores)  # type: ignore[operator]
     (gradient,) = torch.autograd.grad(found, vectors)
     assert found.item() == 0
@@ -138,10 +155,37 @@ def test_accidental_hits_and_missing_negatives_cost_nothing(loss: object) -> Non
 def test_what_ranks_embed_only_to_have_equal_shares_is_no_candidate() -> None:
     chosen = members([0], [1], [2], [[]])._replace(shared_row=torch.tensor([1]))
     gathered = torch.tensor([[9.0, 9.0], [0.6, 0.8]])
-    torch.testing.assert_close(score(embeddings(), chosen, lambda rows: gathered).shared, torch.tensor([[0.6]]))
+    vectors = choose(embeddings(), chosen, lambda rows: gathered, in_batch=False)
+    torch.testing.assert_close(score(vectors, chosen).shared, torch.tensor([[0.6]]))
 
 
 def test_no_hard_negatives_at_all_is_fine() -> None:
-    scores = score(embeddings(), members([0], [1], [2], [[]]), same)
+    scores = scores_of(embeddings(), members([0], [1], [2], [[]]))
     assert max_margin(scores, 0.1).item() == 0
     assert scores.hard.shape == (1, 0)
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+@pytest.mark.parametrize("num_hard", [0, 3])
+@pytest.mark.parametrize("block", [1, 60, 1 << 20])
+def test_softmax_in_blocks_equals_softmax_of_all_scores(
+    monkeypatch: pytest.MonkeyPatch, corrected: bool, num_hard: int, block: int
+) -> None:
+    """Forward and gradients, with accidental hits, nobodies among the hard ones, and an uneven last block."""
+    monkeypatch.setattr(model.softmax, "BLOCK_SCORES", block)
+    generator = torch.Generator().manual_seed(3)
+    rows = [torch.randint(0, 12, (count,), generator=generator).tolist() for count in (7, 7, 20)]
+    hard = torch.randint(-1, 12, (7, num_hard), generator=generator).tolist()
+    chosen = members(rows[0], rows[1], rows[2], hard, in_batch=True)
+    log_q = [torch.randn(count, generator=generator, dtype=torch.float64) for count in (7, 27)]
+    chosen = chosen._replace(positive_log_q=log_q[0], shared_log_q=log_q[1])
+    embedded = torch.randn(12, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    settings = config.Training(loss="softmax", temperature=0.3, correct_sampling=corrected)
+    vectors = choose(embedded, chosen, same, in_batch=True)
+    found, expected = training_loss(vectors, chosen, settings), softmax(score(vectors, chosen), 0.3, corrected)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(2 * loss, embedded, retain_graph=True)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*gradients)
+    assert gradients[0].abs().sum() > 0
+    with torch.no_grad():
+        torch.testing.assert_close(training_loss(vectors, chosen, settings), expected)
