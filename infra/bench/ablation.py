@@ -15,12 +15,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as jobs/train.py sets it
 
 import numpy as np
 import torch
@@ -97,6 +100,12 @@ SINCE = (
     Row("neighbour dropout 0.1", changes=("task.training.neighbour_dropout=0.1",)),
     Row("neighbour dropout 0.3", changes=("task.training.neighbour_dropout=0.3",)),
     Row("content dropout 0.1", changes=("task.training.content_dropout=0.1",)),
+    Row("4 pairs in a row", changes=("task.training.consecutive_pairs=4",)),
+    Row("16 pairs in a row", changes=("task.training.consecutive_pairs=16",)),
+    Row("16 pairs in a row, 1 000 uniform", changes=(
+        "task.training.consecutive_pairs=16", _negatives("uniform: 1000"),
+    )),
+    Row("1 000 uniform", changes=(_negatives("uniform: 1000"),)),
     Row("bfloat16", changes=("task.training.precision=bfloat16",)),
     Row("the settings as they are"),
 )  # fmt: skip
