@@ -124,11 +124,21 @@ class Trainer:
             loader, wanted.full_catalogue, wanted.sample, stage_seed(settings.task.seed, schemas.TRAIN.name)
         )
         self._check(wanted)
-        if settings.task.model.item_dimensions and group.is_first:
+        if group.is_first:
+            self._warn(settings.task.model)
+
+    def _warn(self, model: config.Model) -> None:
+        """Say what will surprise later."""
+        if model.item_dimensions:
             logger.warning(
                 "task.model.item_dimensions is %d: items that are new after this training have none of what is learned "
-                "for each item, and are embedded by the rest alone", settings.task.model.item_dimensions,
+                "for each item, and are embedded by the rest alone", model.item_dimensions,
             )  # fmt: skip
+        if self.settings.precision == "bfloat16" and self.group.device.type == "cpu" and emulates_bfloat16():
+            logger.warning(
+                "task.training.precision is bfloat16, which this processor has not in hardware: a step takes several "
+                "times as long as with float32"
+            )
 
     def _check(self, wanted: config.Validation) -> None:
         """DataError where the settings ask for what the data cannot give."""
@@ -303,6 +313,12 @@ class Trainer:
         """The weights that become the model."""
         best = self.done.best
         return best["weights"] if best is not None and "weights" in best else self.model.state_dict()
+
+
+def emulates_bfloat16() -> bool:
+    """Whether this processor is known to have no matrix products of bfloat16."""
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # new in torch 2.13
+    return not any(found.get(name, True) for name in ("amx_bf16", "avx512_bf16"))
 
 
 def learning_rate(settings: config.Training, position: Position, steps_per_epoch: int) -> float:

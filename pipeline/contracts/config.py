@@ -385,7 +385,8 @@ class Training(Section):
     """Factor on the rate per epoch after the warm-up, applied step by step."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the matrix products. bfloat16 is faster on processors and GPUs that have it in hardware; sums over neighbours,
-    the loss and the weights stay float32. On CPUs memory was seen to grow from step to step: watch it."""
+    the loss and the weights stay float32. On CPUs memory was seen to grow from step to step: watch it. Processors
+    without it are told of in the log: there a step took five times as long."""
     curriculum: tuple[CurriculumRow, ...] = PAPER_CURRICULUM
     """Which negatives from which epoch; the last row that has begun counts."""
     mining: Mining = Mining()

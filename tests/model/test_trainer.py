@@ -292,6 +292,17 @@ def test_divergence_stops_training_and_names_the_step(make_run: MakeRun) -> None
         train(run)
 
 
+@pytest.mark.parametrize("in_hardware", [True, False])
+def test_who_trains_in_bfloat16_without_the_hardware_is_told(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, in_hardware: bool
+) -> None:
+    found = {"architecture": "x86_64", "amx_bf16": False, "avx512_bf16": in_hardware}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    run = make_run(training={"precision": "bfloat16"})
+    Trainer(run.settings, Loader(run.storage, run.settings), Group())
+    assert ("not in hardware" in caplog.text) != in_hardware
+
+
 def test_the_rate_warms_up_linearly_then_decays_step_by_step() -> None:
     settings = config.Training(learning_rate=0.1, warmup_epochs=1, decay_per_epoch=0.25)
     rates = [learning_rate(settings, Position(epoch, step), 2) for epoch in (1, 2, 3) for step in (0, 1)]
