@@ -8,9 +8,10 @@ restarted stage goes on where it was. Memory: one task's rows, or one destinatio
 
 from __future__ import annotations
 
+import hashlib
 import io
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 
 import numpy as np
@@ -26,6 +27,7 @@ from pipeline.contracts.datasets import (
     commit,
     finished_manifest,
     finished_shard,
+    leave_receipt,
     write_file,
 )
 from pipeline.contracts.errors import DataError
@@ -110,9 +112,18 @@ def gather(
 
     Parts are runs of files. Raises DataError if a block is not what was written.
     """
-    number, tables = int(manifest.metadata["destinations"]), []
-    num_files = len(manifest.shards)
-    for shard in manifest.shards[part * num_files // num_parts : (part + 1) * num_files // num_parts]:
+    files = range(part * len(manifest.shards) // num_parts, (part + 1) * len(manifest.shards) // num_parts)
+    tables = list(each_block(storage, manifest, destination, schema, files))
+    return pa.concat_tables(tables).combine_chunks() if tables else schema.empty_table()
+
+
+def each_block(
+    storage: Storage, manifest: Manifest, destination: int, schema: pa.Schema, files: Iterable[int] | None = None
+) -> Iterator[pa.Table]:
+    """What each file has for a destination, one after the other; files that have nothing are passed over."""
+    number = int(manifest.metadata["destinations"])
+    for file in range(len(manifest.shards)) if files is None else files:
+        shard = manifest.shards[file]
         path = f"{manifest.dataset}/{shard.name}"
         footer = shard.bytes - number * _ENTRY.itemsize + destination * _ENTRY.itemsize
         try:
@@ -127,11 +138,33 @@ def gather(
             block = storage.read_range(path, start, stop)
             if zlib.crc32(block) != entries["crc"][-1]:
                 raise ValueError("another checksum")
-            tables.append(decode_block(block, schema))
+            table = decode_block(block, schema)
         except (FileNotFoundError, ValueError, pa.ArrowException) as error:
             remedy = how_to_build(manifest.dataset, "again")
             raise DataError(f"{storage.locate(path)} is not as it was written ({error}); {remedy}") from None
-    return pa.concat_tables(tables).combine_chunks() if tables else schema.empty_table()
+        yield table
+
+
+def stream_blocks(
+    storage: Storage, name: str, number: int, blocks: Iterable[tuple[int, pa.Table]], num_destinations: int,
+    lineage: Lineage,
+) -> Shard:  # fmt: skip
+    """As write_blocks, for what one task cannot hold at once: blocks of ascending destinations, each at most once."""
+    entries, place, rows, digest = np.zeros(num_destinations, _ENTRY), 0, 0, hashlib.sha256()
+    with storage.stream(f"{name}/{blocks_name(number)}") as file:
+        for destination, table in blocks:
+            block = encode_block(table)
+            file.write(block)
+            digest.update(block)
+            rows += table.num_rows
+            place += len(block)
+            entries[destination] = (place, table.num_rows, zlib.crc32(block))
+        entries["stop"] = np.maximum.accumulate(entries["stop"])
+        footer = entries.tobytes()
+        file.write(footer)
+        digest.update(footer)
+    shard = Shard(blocks_name(number), rows, place + len(footer), digest.hexdigest())
+    return leave_receipt(storage, name, shard, lineage)
 
 
 def encode_blocks(table: pa.Table, destinations: NDArray[np.integer], num_destinations: int) -> bytes:
@@ -191,6 +224,9 @@ def decode_block(block: bytes, schema: pa.Schema) -> pa.Table:
     columns = []
     for field, column in zip(schema, stored.columns, strict=True):
         note = stored.schema.field(field.name).metadata or {}
+        if not note:
+            columns.append(column)
+            continue
         dtype = np.dtype(object if pa.types.is_string(field.type) else field.type.to_pandas_dtype()).type
         if b"constant" in note:
             column = pa.array(np.full(len(column), dtype(note[b"constant"].decode())), field.type)

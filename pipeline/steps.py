@@ -8,9 +8,9 @@ step that was broken off, the tasks whose outputs and report are all there are n
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -28,25 +28,31 @@ from pipeline.contracts.datasets import (
     write_file,
     write_shard,
 )
+from pipeline.contracts.rows import rows_name, write_rows
 from pipeline.contracts.schemas import Dataset
 from pipeline.contracts.storage import Storage
-from pipeline.exchange import blocks_name, write_blocks
+from pipeline.exchange import blocks_name, stream_blocks, write_blocks
 from pipeline.spark import Task, run_tasks
 
 Blocks = tuple[pa.Table, NDArray[np.integer]]
 """Rows, and the destination of each."""
+BlockStream = Iterator[tuple[int, pa.Table]]
+"""Blocks made one after the other, by ascending destination."""
+Made: TypeAlias = "pa.Table | Blocks | BlockStream | NDArray[Any]"
+"""What a task makes for an output: a shard, blocks for destinations, or raw rows."""
 Report = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Output:
-    """A dataset that a step writes: a shard per task, or, with destinations, a file of blocks per task.
+    """A dataset that a step writes: a shard per task, with destinations a file of blocks, with raw a matrix of rows.
 
     describe makes the manifest's metadata from the reports; what it raises is raised before the dataset exists.
     """
 
     dataset: Dataset | str
     destinations: int = 0
+    raw: bool = False
     describe: Callable[[list[Report]], dict[str, Any]] | None = None
 
     @property
@@ -56,12 +62,17 @@ class Output:
 
     def file(self, number: int) -> str:
         """The name of one task's file."""
-        return blocks_name(number) if self.destinations else shard_name(number)
+        return rows_name(number) if self.raw else blocks_name(number) if self.destinations else shard_name(number)
 
-    def write(self, storage: Storage, number: int, made: pa.Table | Blocks, lineage: Lineage) -> Shard:
+    def write(self, storage: Storage, number: int, made: Made, lineage: Lineage) -> Shard:
         """Store what one task made for this output."""
+        if self.raw:
+            assert isinstance(made, np.ndarray)
+            return write_rows(storage, self.name, number, made, lineage)
         if isinstance(made, tuple):
             return write_blocks(storage, self.name, number, made[0], made[1], self.destinations, lineage)
+        if self.destinations:
+            return stream_blocks(storage, self.name, number, made, self.destinations, lineage)
         return write_shard(storage, self.dataset, number, made, lineage)
 
 
@@ -72,7 +83,7 @@ def run_step(
     name: str,
     tasks: Sequence[Mapping[str, Any]],
     outputs: Sequence[Output],
-    make: Callable[[Task], tuple[Sequence[pa.Table | Blocks], Report]],
+    make: Callable[[Task], tuple[Sequence[Made], Report]],
     label: str,
 ) -> list[Report]:
     """Run make on every task, store what it returns for each of the outputs, and return the tasks' reports in order.

@@ -26,6 +26,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from pipeline.contracts.datasets import Manifest, arrow_to_lists, arrow_to_vectors, read_shard
 from pipeline.contracts.errors import StorageError
+from pipeline.contracts.rows import Table, map_in_place, read_own_rows, whole_table
 from pipeline.contracts.storage import Storage
 
 _OWNER_DIGITS, _DIGITS = 12, 24  # of the hashes of the run's URL and of the content, in the folders' names
@@ -80,6 +81,14 @@ def map_lists(
     """A list column as read-only memory-mapped (indptr int64 [N + 1], values)."""
     folder = _replicate(storage, manifest, column, cache, "lists")
     return _open(folder, "indptr"), _open(folder, "values")
+
+
+def map_rows(storage: Storage, manifest: Manifest, cache: str | None) -> Table:
+    """A dataset of raw rows as one read-only table: where it lies, if that is a disk of this machine, else a copy."""
+    in_place = map_in_place(storage, manifest)
+    if in_place is not None:
+        return in_place
+    return whole_table(manifest, _open(_replicate(storage, manifest, "rows", cache, "rows"), "values"))
 
 
 def padded(
@@ -201,15 +210,18 @@ def _copy(storage: Storage, manifest: Manifest, column: str, folder: Path, kind:
     stored = sum(shard.bytes for shard in manifest.shards)
     read = sum(shard.bytes for shard in manifest.shards[:first])
     for number in range(first, len(manifest.shards)):
-        values = read_shard(storage, manifest, number, [column]).column(column)
-        if kind == "vectors":
-            array: NDArray[Any] = arrow_to_vectors(values)
-        elif kind == "lists":
-            indptr, array = arrow_to_lists(values)
-            files["indptr"].append(indptr[1:] + files["values"].count)
+        if kind == "rows":
+            array: NDArray[Any] = read_own_rows(storage, manifest, number)
         else:
-            array = values.to_numpy()
-        size = manifest.shards[number].bytes
+            values = read_shard(storage, manifest, number, [column]).column(column)
+            if kind == "vectors":
+                array = arrow_to_vectors(values)
+            elif kind == "lists":
+                indptr, array = arrow_to_lists(values)
+                files["indptr"].append(indptr[1:] + files["values"].count)
+            else:
+                array = values.to_numpy()
+        size = max(1, manifest.shards[number].bytes)  # raw rows may be none
         _check_room(folder, int(array.nbytes * (stored - read) / size))
         read += size
         files["values"].append(array)

@@ -13,13 +13,14 @@ import os
 import random
 import re
 import shutil
+import tempfile
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -78,8 +79,11 @@ class Storage:
         data: bytes = retry(f"read {full}", lambda: self._filesystem.cat_file(full, start=start, end=stop))
         return data
 
-    def write_bytes(self, path: str, data: bytes | memoryview) -> None:
-        """Write the whole object, or nothing: a reader sees the old or the new one (HDFS, SFTP: for a moment none)."""
+    def write_bytes(self, path: str, data: bytes | memoryview, lasting: bool = True) -> None:
+        """Write the whole object, or nothing: a reader sees the old or the new one (HDFS, SFTP: for a moment none).
+
+        Not lasting: what a run can make again, and a local disk may lose if the machine goes down before it is written.
+        """
         full = self.locate(path)
 
         def write(target: str) -> None:
@@ -88,8 +92,9 @@ class Storage:
                 return
             with open(target, "wb") as file:
                 file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+                if lasting:
+                    file.flush()
+                    os.fsync(file.fileno())
 
         self._store(f"write {full} ({len(data):,} bytes)", full, write)
 
@@ -104,6 +109,29 @@ class Storage:
                 self._filesystem.put_file(str(local), target)
 
         self._store(f"write {full}", full, write)
+
+    @contextmanager
+    def stream(self, path: str) -> Iterator[BinaryIO]:
+        """A file to write an object to piece by piece; it is there, whole, when the block ends without an error."""
+        full = self.locate(path)
+        folder, _, name = full.rpartition("/")
+        if self.is_local:
+            os.makedirs(folder, exist_ok=True)
+        local = f"{folder}/.{name}.{uuid.uuid4().hex}.tmp" if self.is_local else None
+        try:
+            with open(local, "wb") if local else tempfile.NamedTemporaryFile(prefix="pinsage-") as file:
+                yield file  # type: ignore[misc]
+                file.flush()
+                if not local:
+                    self.put_file(file.name, path)
+            if local:
+                os.replace(local, full)
+        except OSError as error:
+            raise explain(f"write {full}", error, self.root if self.is_local else "") from error
+        finally:
+            if local:
+                with suppress(FileNotFoundError):
+                    os.remove(local)
 
     def _store(self, action: str, full: str, write: Callable[[str], None]) -> None:
         """Let write fill the object, by way of a temporary name where readers could see it half written."""

@@ -1,0 +1,154 @@
+"""Matrices too large for one process, as raw rows: what passes between the layers of inference.
+
+A dataset whose shards are rows of one type and width as memory has them, without a header: `part-00007.rows`, its
+manifest's metadata saying dtype and width. Nothing is decoded: a task reads its own shard, or maps all of them as one
+table. Shards on a local disk are mapped where they lie, one behind the other at page boundaries, so that the table has
+unused rows between them: Table.places says where an id is. Others are copied to the host first (`replica`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import mmap
+import os
+import sys
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import gcd
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.contracts.datasets import Lineage, Manifest, Shard, leave_receipt, read_file
+from pipeline.contracts.errors import StorageError
+from pipeline.contracts.storage import Storage
+
+_REMOTE = ("nfs", "cifs", "smb", "fuse", "lustre", "ceph", "gpfs", "9p", "afs", "glusterfs", "beegfs")
+"""File systems whose every page would be fetched from another machine."""
+_ANONYMOUS = getattr(mmap, "MAP_ANONYMOUS", 0x20) | mmap.MAP_PRIVATE | 0x4000  # without a reserve
+_FIXED = mmap.MAP_SHARED | 0x10
+
+
+def rows_name(number: int) -> str:
+    """`part-00007.rows`: by partition, never by attempt."""
+    return f"part-{number:05d}.rows"
+
+
+def write_rows(storage: Storage, name: str, number: int, matrix: NDArray[Any], lineage: Lineage) -> Shard:
+    """Store a matrix [n, width] as one shard, with its receipt; not yet safe from a crash of the machine."""
+    data = np.ascontiguousarray(matrix).reshape(-1).view(np.uint8).data
+    file = rows_name(number)
+    storage.write_bytes(f"{name}/{file}", data, lasting=False)
+    return leave_receipt(
+        storage, name, Shard(file, len(matrix), data.nbytes, hashlib.sha256(data).hexdigest()), lineage
+    )
+
+
+def describe_rows(dtype: str, width: int) -> dict[str, Any]:
+    """The metadata that a dataset of rows is committed with."""
+    return {"dtype": np.dtype(dtype).str, "width": width}
+
+
+def read_own_rows(storage: Storage, manifest: Manifest, number: int) -> NDArray[Any]:
+    """One shard as a matrix [n, width], checked against the manifest. Read-only."""
+    data = read_file(storage, manifest, manifest.shards[number].name)
+    return np.frombuffer(data, manifest.metadata["dtype"]).reshape(-1, manifest.metadata["width"])
+
+
+@dataclass(frozen=True)
+class Table:
+    """All rows of a dataset, memory-mapped: rows [R, width], and where each shard's first row is."""
+
+    rows: NDArray[Any]
+    first_ids: NDArray[np.int64]
+    first_places: NDArray[np.int64]
+
+    def places(self, ids: NDArray[np.integer]) -> NDArray[np.integer]:
+        """Where the rows of these ids, of any shape, are."""
+        if np.array_equal(self.first_ids, self.first_places):
+            return ids
+        gaps = self.first_places - self.first_ids
+        moved: NDArray[np.int64] = ids + gaps[np.searchsorted(self.first_ids, ids, side="right") - 1]
+        return moved
+
+
+def whole_table(manifest: Manifest, rows: NDArray[Any]) -> Table:
+    """A table of rows that lie one behind the other without gaps."""
+    first_ids = _first_ids(manifest)
+    return Table(rows, first_ids, first_ids)
+
+
+def map_in_place(storage: Storage, manifest: Manifest) -> Table | None:
+    """The shards where they lie as one read-only table, or None where that is not on a disk of this machine."""
+    if not (storage.is_local and sys.platform == "linux" and is_on_this_host(storage.root)):
+        return None
+    dtype, width = np.dtype(manifest.metadata["dtype"]), int(manifest.metadata["width"])
+    counts = np.array([shard.rows for shard in manifest.shards], np.int64)
+    unit = mmap.PAGESIZE // gcd(mmap.PAGESIZE, dtype.itemsize * width)  # rows from a page boundary to the next
+    first_places = np.concatenate([[0], np.cumsum(-(-counts // unit) * unit)[:-1]])
+    offsets = first_places * (dtype.itemsize * width)
+    paths = [storage.locate(f"{manifest.dataset}/{shard.name}") for shard in manifest.shards]
+    memory = _map_together(paths, [shard.bytes for shard in manifest.shards], offsets.tolist())
+    return Table(memory.view(dtype).reshape(-1, width), _first_ids(manifest), first_places)
+
+
+def _first_ids(manifest: Manifest) -> NDArray[np.int64]:
+    counts = [shard.rows for shard in manifest.shards]
+    return np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
+
+
+def is_on_this_host(path: str) -> bool:
+    """Whether the file system that holds a path is of a disk of this machine, as far as /proc tells."""
+    device = os.stat(path).st_dev
+    name = f"{os.major(device)}:{os.minor(device)}"
+    with open("/proc/self/mountinfo") as lines:
+        for line in lines:
+            before, _, after = line.partition(" - ")
+            if before.split()[2] == name:
+                return not after.split()[0].startswith(_REMOTE)
+    return True
+
+
+def _map_together(paths: Sequence[str], sizes: Sequence[int], offsets: Sequence[int]) -> NDArray[np.uint8]:
+    """Files as one array of bytes, each at its offset, a multiple of the page size; what lies between is not there.
+
+    The mapping goes with the array. Raises StorageError for a file that is gone or has another size.
+    """
+    library = ctypes.CDLL(None, use_errno=True)
+    library.mmap.restype, library.mmap.argtypes = ctypes.c_void_p, [
+        ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
+    ]  # fmt: skip
+    library.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    total = max((offset + size for offset, size in zip(offsets, sizes, strict=True)), default=0)
+    if not total:
+        return np.zeros(0, np.uint8)
+
+    def place(address: int | None, size: int, protection: int, flags: int, file: int, what: str) -> int:
+        found = library.mmap(address, size, protection, flags, file, 0)
+        if found in (None, ctypes.c_void_p(-1).value):
+            raise StorageError(f"cannot map {what}: {os.strerror(ctypes.get_errno())}; is there an address limit?")
+        return int(found)
+
+    base = place(None, total, 0, _ANONYMOUS, -1, f"{total:,} bytes of address space")
+    memory = (ctypes.c_uint8 * total).from_address(base)
+    weakref.finalize(memory, library.munmap, base, total)
+    for path, size, offset in zip(paths, sizes, offsets, strict=True):
+        if not size:
+            continue
+        try:
+            file = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            raise StorageError(f"{path} is in the manifest but not there; run `pinsage inference --force`") from None
+        try:
+            if os.fstat(file).st_size != size:
+                raise StorageError(
+                    f"{path} has {os.fstat(file).st_size:,} bytes, expected {size:,}: it was changed after its "
+                    "manifest was written; run `pinsage inference --force`"
+                )
+            place(base + offset, size, mmap.PROT_READ, _FIXED, file, path)
+        finally:
+            os.close(file)
+    return np.ctypeslib.as_array(memory)

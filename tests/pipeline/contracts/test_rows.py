@@ -1,0 +1,94 @@
+"""Raw rows: every way of reading gives what was written."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from pipeline.contracts import replica, rows
+from pipeline.contracts.datasets import Lineage, Manifest, commit
+from pipeline.contracts.errors import DataError, StorageError
+from pipeline.contracts.replica import map_rows
+from pipeline.contracts.rows import describe_rows, is_on_this_host, read_own_rows, rows_name, write_rows
+from pipeline.contracts.storage import Storage
+
+LINEAGE = Lineage("test", {}, {})
+
+
+def store(storage: Storage, cuts: list[int], width: int, dtype: str) -> tuple[Manifest, NDArray[Any]]:
+    matrix = (np.arange(cuts[-1] * width) % 2039).reshape(-1, width).astype(dtype)
+    parts = np.split(matrix, cuts[:-1])
+    shards = [write_rows(storage, "layer", number, part, LINEAGE) for number, part in enumerate(parts)]
+    return commit(storage, "layer", shards, LINEAGE, describe_rows(dtype, width)), matrix
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize(
+    ("cuts", "width", "dtype"),
+    [
+        ([1, 1, 7, 12], 3, "float32"),
+        ([3000, 9000, 9001], 33, "float16"),
+        ([4096, 8192], 64, "float16"),
+        ([5], 1, "float32"),
+    ],
+)
+def test_rows_are_where_the_table_says(
+    storage: Storage,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    in_place: bool,
+    cuts: list[int],
+    width: int,
+    dtype: str,
+) -> None:
+    manifest, matrix = store(storage, cuts, width, dtype)
+    if not in_place:
+        monkeypatch.setattr(replica, "map_in_place", lambda *_: None)
+    table = map_rows(storage, manifest, str(tmp_path / "cache"))
+    ids = np.random.default_rng(0).integers(0, len(matrix), (50, 4))
+    np.testing.assert_array_equal(table.rows[table.places(ids)], matrix[ids])
+    np.testing.assert_array_equal(table.rows[table.places(np.arange(len(matrix)))], matrix)
+    starts = [0, *cuts]
+    for number in range(len(cuts)):
+        np.testing.assert_array_equal(
+            read_own_rows(storage, manifest, number), matrix[starts[number] : starts[number + 1]]
+        )
+    assert (tmp_path / "cache").exists() != in_place, "no copy of what is here"
+
+
+def test_the_mapping_outlives_the_table_and_goes_with_the_last_array(storage: Storage) -> None:
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text().count("/layer/part-")
+
+    manifest, matrix = store(storage, [3000, 6000], 8, "float32")
+    part = map_rows(storage, manifest, None).rows[10:20]
+    gc.collect()
+    np.testing.assert_array_equal(part, matrix[10:20])
+    assert mapped() == 2
+    del part
+    gc.collect()
+    assert mapped() == 0
+
+
+def test_a_changed_or_missing_shard_is_named(storage: Storage) -> None:
+    manifest, _ = store(storage, [100, 200], 8, "float32")
+    path = Path(storage.locate(f"layer/{rows_name(1)}"))
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(StorageError, match=r"part-00001.rows has 3,196 bytes, expected 3,200.*inference --force"):
+        map_rows(storage, manifest, None)
+    with pytest.raises(DataError, match=r"part-00001.rows was changed"):
+        read_own_rows(storage, manifest, 1)
+    path.unlink()
+    with pytest.raises(StorageError, match=r"part-00001.rows is in the manifest but not there"):
+        map_rows(storage, manifest, None)
+
+
+def test_memory_of_another_machine_is_not_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert is_on_this_host(str(tmp_path))
+    monkeypatch.setattr(rows, "_REMOTE", ("",))
+    assert not is_on_this_host(str(tmp_path))
