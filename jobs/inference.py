@@ -10,11 +10,11 @@ import json
 from pyspark.sql import SparkSession
 
 from model.export import load_exported
-from pipeline import inference
 from pipeline.contracts import schemas
 from pipeline.contracts.config import Settings
 from pipeline.contracts.datasets import Lineage, open_manifest, read_file
 from pipeline.contracts.storage import Storage
+from pipeline.inference import stage
 
 
 def run_inference(spark: SparkSession, storage: Storage, settings: Settings, lineage: Lineage) -> None:
@@ -23,7 +23,7 @@ def run_inference(spark: SparkSession, storage: Storage, settings: Settings, lin
     description = json.loads(read_file(storage, manifest, "model.json"))
     network = load_exported(read_file(storage, manifest, "model.safetensors"), description)
     network.set_threads(settings.resources.threads)
-    inference.run(spark, storage, settings, lineage, network)
+    stage.run(spark, storage, settings, lineage, network)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """A trained model as plain layer functions: arrays in, arrays out. What inference uses, inside Spark tasks.
 
-Pickles to the stored bytes; torch's modules are built once per process. Memory: the model and what a call returns;
-`pool` adds one block of gathered rows where the layer is not float32.
+Pickles to the stored bytes; torch's modules are built once per process. Memory: the model and what a call returns.
 """
 
 from __future__ import annotations
@@ -22,8 +21,6 @@ from model.pinsage import PinSage
 from pipeline.contracts import config
 
 Floats = NDArray[np.float32]
-BLOCK_BYTES = 64 << 20
-"""At most about this much is gathered at a time when a stored layer has to be converted."""
 
 
 class Exported:
@@ -33,7 +30,11 @@ class Exported:
         self._weights, self._description = weights, description
         self._threads: int | None = None
         self.num_layers = int(description["model"]["num_layers"])
-        self._pads = description["model"]["pooling"] == "max"  # by a copy, which must not be one of the whole layer
+        shape = description["model"]
+        fan_outs = shape.get("fan_outs") or [0] * self.num_layers
+        self.list_kinds = tuple(sorted(set(fan_outs)).index(fan_out) for fan_out in fan_outs)
+        self.reads = f"{'evenly' if shape['pooling'] == 'mean' else 'by weight'}, {sorted(set(fan_outs))}"
+        self.reduction = "max" if description["model"]["pooling"] == "max" else "sum"
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_model"}
@@ -51,24 +52,13 @@ class Exported:
         """What items [n, inputs] say to those that have them as neighbours [n, m]."""
         return self._run(self._convolution(layer).project, h)
 
-    def pool(
-        self, layer: int, projected: NDArray[Any], index: NDArray[np.integer], weights: NDArray[np.floating]
-    ) -> Floats:
-        """What lists [n, T] pool from rows of a projected layer [N, m], by index and weights; padding weighs 0.
-
-        projected may be a memory map of the whole layer: only the rows named are read.
-        """
-        pool = self._convolution(layer).pool
-        if projected.dtype == np.float32 and not self._pads:
-            return self._run(pool, projected, index, weights)
-        rows = max(1, BLOCK_BYTES // (4 * projected.shape[1] * max(1, index.shape[1])))
-        parts = []
-        for start in range(0, len(index), rows):
-            needed, local = np.unique(index[start : start + rows], return_inverse=True)
-            gathered = projected[needed].astype(np.float32)
-            local = local.reshape(-1, index.shape[1])
-            parts.append(self._run(pool, gathered, local, weights[start : start + rows]))
-        return np.concatenate(parts) if parts else np.zeros((0, projected.shape[1]), np.float32)
+    def lists(
+        self, layer: int, index: NDArray[np.integer], weights: NDArray[np.floating]
+    ) -> tuple[NDArray[np.integer], Floats]:
+        """The neighbours that a layer reads of lists [n, T], and how much each counts; padding weighs 0."""
+        with torch.no_grad():
+            read, counted = self._convolution(layer).lists(_tensor(index), _tensor(weights))
+        return read.numpy(), counted.numpy()
 
     def combine(self, layer: int, h: NDArray[Any], pooled: NDArray[Any]) -> Floats:
         """A layer's output [n, d] from items [n, inputs] and what they pooled [n, m]."""

@@ -192,13 +192,16 @@ class Convolution(nn.Module):
         factor = self.attention(messages).clamp(-MOST_ATTENTION, MOST_ATTENTION).exp()
         return torch.cat([messages * factor, factor], dim=1)
 
-    def pool(self, projected: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """What destinations [B] get from the rows of projected named by their lists [B, T]; zeros from empty lists."""
+    def lists(self, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Of lists [B, T]: the neighbours that this layer reads, and how much each counts in a sum."""
         if self.fan_out is not None:
             index, weights = narrowed(index, weights, self.fan_out)
-        if self.pooling == "max":
-            return max_pool(projected, index, weights)
-        return self.sum(projected, index, evened(weights) if self.pooling == "mean" else weights)
+        return index, evened(weights) if self.pooling == "mean" else weights
+
+    def pool(self, projected: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """What destinations [B] get from the rows of projected named by their lists [B, T]; zeros from empty lists."""
+        index, weights = self.lists(index, weights)
+        return max_pool(projected, index, weights) if self.pooling == "max" else self.sum(projected, index, weights)
 
     def combine(self, h: Tensor, pooled: Tensor) -> Tensor:
         """What destinations [B, inputs] are and what they pooled, to [B, outputs] of length 1."""

@@ -42,34 +42,40 @@ _LISTS = schemas.ITEM_USERS.arrow
 
 @dataclass(frozen=True)
 class Homes:
-    """Where every item is worked on: `lists` are the item_users rows by home, `home` the home of every item by id."""
+    """Where every item is worked on: `lists` are its rows by home, `home` the home of every item by id."""
 
     lists: Manifest
     home: Manifest
+    schema: pa.Schema
 
     def read(self, storage: Storage, shard: int) -> pa.Table:
-        """The item_users rows of a home, by id ascending."""
-        return gather(storage, self.lists, shard, _LISTS).sort_by("id").combine_chunks()
+        """The rows of a home, by id ascending."""
+        return gather(storage, self.lists, shard, self.schema).sort_by("id").combine_chunks()
 
 
 def lay_out(
     spark: SparkSession, storage: Storage, lineage: Lineage, item_users: Manifest, user_items: Manifest, rounds: int,
-    scratch: str, cache: str | None,
+    scratch: str, cache: str | None, num_homes: int | None = None, schema: pa.Schema = _LISTS,
 ) -> Homes:  # fmt: skip
-    """Give every item a home, as many as item_users has shards, and send its row there; 0 rounds: homes by id."""
-    num_items, num_homes = item_users.num_rows, len(item_users.shards)
+    """Give every item a home, as many as item_users has shards, and send its row there; 0 rounds: homes by id.
+
+    Both may be lists of items by items, of another schema: items that are neighbours then share a home.
+    """
+    num_items, num_shards = item_users.num_rows, len(item_users.shards)
+    num_homes = num_homes or num_shards
     home = finished_manifest(storage, f"{scratch}/home", lineage)
     if home is None:
         labels = _propagated(spark, storage, lineage, item_users, user_items, rounds, scratch, cache)
-        home = _placed(spark, storage, lineage, item_users, labels, scratch)
+        home = _placed(spark, storage, lineage, item_users, labels, scratch, num_homes)
 
     def send(shard: int) -> tuple[pa.Table, NDArray[Any]]:
         homes = read_shard(storage, home, shard).column("home").to_numpy()
         return read_shard(storage, item_users, shard), homes
 
-    lists = scatter(spark, storage, f"{scratch}/lists", lineage, num_homes, send, num_homes, "walks: items to homes")
+    label = f"{lineage.stage}: items to homes"
+    lists = scatter(spark, storage, f"{scratch}/lists", lineage, num_shards, send, num_homes, label)
     assert lists.num_rows == num_items
-    return Homes(lists, home)
+    return Homes(lists, home, schema)
 
 
 def _propagated(
@@ -91,16 +97,15 @@ def _propagated(
             return pa.table({"label": _commonest(indptr, ids, np.asarray(there), own)})
 
         begin(storage, name)
-        shards = make_shards(
-            spark, storage, name, step, len(lists.shards), make, f"walks: labels, half round {half + 1}"
-        )
+        label = f"{lineage.stage}: labels, half round {half + 1}"
+        shards = make_shards(spark, storage, name, step, len(lists.shards), make, label)
         labels = commit(storage, name, shards, step)
     return labels
 
 
 def _placed(
     spark: SparkSession, storage: Storage, lineage: Lineage, item_users: Manifest, labels: Manifest | None,
-    scratch: str,
+    scratch: str, num_homes: int,
 ) -> Manifest:  # fmt: skip
     """Items in the order of (label, id), cut into equal parts: a dense dataset of every item's part."""
     num_items, num_shards = item_users.num_rows, len(item_users.shards)
@@ -112,19 +117,33 @@ def _placed(
         return pa.table([ids, found], schema=_LABELLED), shard_of(found, num_items, num_shards)
 
     labelled = scatter(
-        spark, storage, f"{scratch}/by-label", lineage, num_shards, by_label, num_shards, "walks: items by label"
+        spark,
+        storage,
+        f"{scratch}/by-label",
+        lineage,
+        num_shards,
+        by_label,
+        num_shards,
+        f"{lineage.stage}: items by label",
     )
-    counts = destination_rows(spark, storage, labelled, "walks: count labels")
+    counts = destination_rows(spark, storage, labelled, f"{lineage.stage}: count labels")
     firsts = np.concatenate([[0], np.cumsum(counts)])
 
     def by_item(shard: int) -> tuple[pa.Table, NDArray[Any]]:
         rows = gather(storage, labelled, shard, _LABELLED).sort_by([("label", "ascending"), ("id", "ascending")])
         ids = rows.column("id").to_numpy()
-        homes = shard_of(firsts[shard] + np.arange(len(ids)), num_items, num_shards)
+        homes = shard_of(firsts[shard] + np.arange(len(ids)), num_items, num_homes)
         return pa.table([ids, homes.astype(np.uint32)], schema=_HOMES), shard_of(ids, num_items, num_shards)
 
     placed = scatter(
-        spark, storage, f"{scratch}/by-item", lineage, num_shards, by_item, num_shards, "walks: homes by item"
+        spark,
+        storage,
+        f"{scratch}/by-item",
+        lineage,
+        num_shards,
+        by_item,
+        num_shards,
+        f"{lineage.stage}: homes by item",
     )
     name = f"{scratch}/home"
     begin(storage, name)
@@ -132,7 +151,7 @@ def _placed(
     def make(shard: int) -> pa.Table:
         return gather(storage, placed, shard, _HOMES).sort_by("id").select(["home"])
 
-    shards = make_shards(spark, storage, name, lineage, num_shards, make, "walks: homes")
+    shards = make_shards(spark, storage, name, lineage, num_shards, make, f"{lineage.stage}: homes")
     for done in (labelled, placed):
         storage.delete(done.dataset)
     return commit(storage, name, shards, lineage)

@@ -15,27 +15,28 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("pipeline", "model", "jobs", "infra", "tests")
-PACKAGES = ("pipeline", "pipeline.contracts", "model", "jobs")
+PACKAGES = ("pipeline", "pipeline.contracts", "pipeline.inference", "model", "jobs")
 
 # Modules of `pipeline` that are no stage but a stage's inner part, and the modules that may import them.
 KERNELS = {
-    "clusters": {"neighbourhoods"},
+    "ann": {"index"},
+    "clusters": {"inference", "neighbourhoods"},
     "encoders": {"features"},
     "event_kernel": {"ingest"},
     "exact_kernel": {"neighbourhoods", "shipping"},
     "graph_kernel": {"graph"},
     "input_files": {"guess", "sources"},
     "keys": {"ingest"},
-    "mixing": {"event_kernel", "exact_kernel", "graph_kernel", "top_sums", "walk_kernel", "walkers"},
+    "mixing": {"event_kernel", "exact_kernel", "graph_kernel", "inference", "top_sums", "walk_kernel", "walkers"},
     "neighbourhoods": {"pairs", "walks"},
     "questions": {"evaluation", "pairs"},
     "ranking": {"evaluation", "questions"},
-    "report": {"evaluation"},
+    "report": {"evaluation", "index"},
     "shipping": {"neighbourhoods"},
     "sources": {"guess", "ingest"},
-    "steps": {"graph", "ingest", "pairs"},
+    "steps": {"graph", "inference", "ingest", "pairs"},
     "top_sums": {"exact_kernel", "walk_kernel"},
-    "walk_kernel": {"exact_kernel", "neighbourhoods", "shipping", "walkers"},
+    "walk_kernel": {"exact_kernel", "inference", "neighbourhoods", "shipping", "walkers"},
     "walkers": {"neighbourhoods"},
 }
 # STYLE names numpy, pyarrow, fsspec and pydantic; the settings file is YAML, and a host's copy of a dataset has a lock.

@@ -413,15 +413,21 @@ class Index(Section):
     """Embeddings to a FAISS index."""
 
     factory: str = "auto"
-    """A FAISS factory string, or `auto`: Flat up to 20 000 items, IVF with about 4 sqrt(N) lists above."""
+    """A FAISS factory string, such as `IVF4096,SQ8`, or `auto`: chosen by number, width, memory and recall target."""
+    memory: ByteSize | None = None
+    """What whoever searches may spend on the index, such as 16g; an index that would be larger is an error before
+    anything is built. None: no limit."""
     recall_target: Share = 0.95
-    """nprobe is raised until recall@k against exact search reaches this."""
+    """nprobe, and how many are re-ranked, are raised until recall@k against exact search reaches this."""
     k: PositiveInt = 10
     """Neighbours per query in the recall measurement."""
     num_queries: PositiveInt = 1000
     """Held-out queries for tuning, and as many others for the reported recall."""
-    train_rows: PositiveInt = 500_000
-    """Coarse quantizer is trained on at most this many vectors."""
+    train_rows: PositiveInt = 4_000_000
+    """The quantizer is trained on at most this many vectors, which the driver holds; 50 for each list are enough."""
+    reuse: bool = True
+    """Where task.data.previous names an earlier night's run: keep its trained quantizer while the lists it makes of
+    today's vectors are as even and as near as they were, and recall reaches its target; else train anew."""
 
 
 class Evaluation(Section):
@@ -487,6 +493,23 @@ class WalksResources(Section):
     """shuffle: rounds of label propagation that lay items out, so that items of one task share users. 0: by id."""
 
 
+class InferenceResources(Section):
+    """How neighbours' messages reach the tasks that sum them."""
+
+    reducer: Literal["auto", "gather", "shuffle"] = "auto"
+    """gather: every host maps a whole layer; shuffle: tasks send each other partial sums; auto: gather if a layer fits
+    host_memory."""
+    host_memory: ByteSize | None = None
+    """What one host may give to a layer, such as 200g. None: half the memory of the machine that decides."""
+    cluster_rounds: Count = 5
+    """shuffle: rounds of label propagation that lay items out, so that neighbours share a shard. 0: by id."""
+    hub_share: Annotated[float, Field(ge=0.0, le=0.2)] = 0.02
+    """shuffle: share of the items, those in the most lists, whose messages go to every host instead of into sums."""
+    keep_layers: bool = False
+    """gather: keep what passes between the layers, so that a later run with this one as task.data.previous and the same
+    model makes again only what has changed."""
+
+
 class SparkResources(Section):
     """Where Spark runs."""
 
@@ -532,6 +555,17 @@ class TrainingResources(Section):
     """Port where the ranks meet; 0: any free one."""
 
 
+class IndexResources(Section):
+    """Where the index is built."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Trains, and finds the list of every vector; auto: cuda where faiss sees one. Not the same bytes on both."""
+    threads: PositiveInt | None = None
+    """Threads of the driver while it trains, merges and measures, when no task runs. None: resources.threads."""
+    merge_memory: ByteSize = ByteSize(8 * 2**30)
+    """An index of more bytes is merged on the driver's disk, and its lists are a file of their own."""
+
+
 class Resources(Section):
     """Where it is computed and how big the pieces are."""
 
@@ -546,6 +580,8 @@ class Resources(Section):
     threads: PositiveInt = 1
     """CPU threads of one Spark task's numeric work. Enters fingerprints, as float sums depend on it."""
     walks: WalksResources = WalksResources()
+    inference: InferenceResources = InferenceResources()
+    index: IndexResources = IndexResources()
     spark: SparkResources = SparkResources()
     training: TrainingResources = TrainingResources()
 
@@ -763,6 +799,8 @@ def _plain(value: object) -> str:
     """A default as one would write it in the settings file."""
     if isinstance(value, tuple):
         value = [row.model_dump() if isinstance(row, Section) else row for row in value]
+    elif isinstance(value, ByteSize):
+        value = int(value)
     text: str = yaml.safe_dump(value, default_flow_style=True, width=10_000)
     return text.removesuffix("...\n").strip()
 

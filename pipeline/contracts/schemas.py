@@ -198,7 +198,13 @@ EMBEDDINGS = Dataset(
     "one embedding per item of the catalogue",
     dense=True,
 )
-INDEX = Dataset("index", (), None, "index.faiss, keys.parquet (row = FAISS id) and recall.json")
+INDEX = Dataset(
+    "index",
+    (),
+    None,
+    "index.faiss (lists.ivfdata, if large), trained.faiss (empty, for the next night), keys.arrow (row = FAISS id), "
+    "lookup.arrow (hash of a key to its row) and recall.json",
+)
 EVALUATION = Dataset("evaluation", (), None, "metrics.json and report.html")
 
 
@@ -268,7 +274,7 @@ INDEX_STAGE = Stage(
     "index",
     (EMBEDDINGS,),
     (INDEX,),
-    ("task.seed", "task.index", *_NUMERIC),
+    ("task.seed", "task.index", "resources.index", *_NUMERIC),
     "build the nearest-neighbour index and measure its recall",
 )
 EVALUATION_STAGE = Stage(
@@ -289,11 +295,19 @@ EVALUATION_STAGE = Stage(
 STAGES = (INGEST, GRAPH, FEATURES_STAGE, WALKS, PAIRS_STAGE, TRAIN, INFERENCE, INDEX_STAGE, EVALUATION_STAGE)
 """In the order that `pinsage run` runs them."""
 
+EXCHANGE = "neighbour_edges"
+"""Folder of what inference by shuffle works out once per neighbour table, and keeps for later models."""
 TRAINING = "training"
 """Folder of what the trainer keeps: its checkpoints while it trains, and its log."""
+INDEX_PARTS = "index-parts"
+"""Folder of the sample, the trained quantizer and the parts of an index that is being built."""
+INDEX_LOG = "index-log"
+"""Folder of what the clock said of the index: no dataset, as equal runs differ in it."""
 SCRATCH = {name: name for name in (INGEST.name, GRAPH.name, WALKS.name)} | {
     "pairs-ranking": PAIRS_STAGE.name,
     TRAINING: TRAIN.name,
     LAYERS.name: INFERENCE.name,
+    INDEX_PARTS: INDEX_STAGE.name,
+    INDEX_LOG: INDEX_STAGE.name,
 }
 """Folders of what a stage keeps only while it runs, and the stage."""

@@ -1,188 +1,216 @@
 """Every item's embedding, layer by layer, as map and reduce.
 
-Reads ITEMS, FEATURES, NEIGHBOURS and MODEL; writes EMBEDDINGS. Per layer, map projects every item once and reduce sums
-its neighbours' projections, combines them with the item's own vector and normalises; the head follows the last layer.
-So each item is computed once per layer, however many neighbourhoods it is in. Reducer `gather`: every host maps one
-local copy of the projected layer, shared by its tasks. Memory per task: one shard of vectors and of neighbours.
+Reads ITEMS, FEATURES, NEIGHBOURS and MODEL; writes EMBEDDINGS. Map projects every item once, to what it says to those
+that have it as neighbour; reduce sums that over every item's neighbours, combines the sum with the item's own vector,
+and already projects it for the next layer, or makes the embedding. So each item is computed once per layer, however
+many neighbourhoods it is in, and every layer passes storage once. How the projections reach the items is the reducer's
+business: `gather` maps a whole layer on every host, `shuffle` sends partial sums (`gather.py`, `shuffle.py`). Sums are
+exact (`sums.py`) and products are made in blocks of one size, so all ways give the same bytes. What a killed run has
+finished, shard by shard, is not made again. Memory per task: one shard of vectors, neighbours and sums.
 
 The network comes in as plain array functions (`model.export`), so that nothing here imports torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-from numpy.typing import NDArray
 from pyspark.sql import SparkSession
 
 from pipeline.contracts import schemas
 from pipeline.contracts.config import Settings
 from pipeline.contracts.datasets import (
     Lineage,
-    Manifest,
-    Shard,
-    arrow_to_lists,
-    arrow_to_vectors,
     begin,
-    commit,
-    find_manifest,
+    finished_manifest,
     open_manifest,
-    read_rows,
-    vectors_to_arrow,
 )
-from pipeline.contracts.errors import DataError
-from pipeline.contracts.replica import map_vectors, padded
-from pipeline.contracts.sharding import count_shards, shard_bounds
+from pipeline.contracts.rows import describe_rows, read_own_rows
 from pipeline.contracts.storage import Storage
-from pipeline.spark import make_shards
-
-Array = NDArray[Any]
-
-
-class Network(Protocol):
-    """The trained model as array functions; must pickle, as Spark ships it to its tasks."""
-
-    num_layers: int
-
-    def standardise(self, features: Array, ids: NDArray[np.integer]) -> Array:
-        """Content vectors [n, F] to the first layer's input [n, F]."""
-
-    def project(self, layer: int, hidden: Array) -> Array:
-        """What an item [n, d] says to those that have it as neighbour [n, m]."""
-
-    def pool(self, layer: int, projected: Array, neighbours: Array, weights: Array) -> Array:
-        """What items get [n, m] from rows of projected [N, m], by neighbours and weights [n, T]."""
-
-    def combine(self, layer: int, hidden: Array, pooled: Array) -> Array:
-        """An item's next vector [n, d] from its own [n, d'] and its neighbours' [n, m]."""
-
-    def head(self, hidden: Array) -> Array:
-        """The embedding [n, d] of the last layer's output."""
+from pipeline.inference.choice import make_reducer
+from pipeline.inference.incremental import AGAIN, Incremental, TooDifferentError, find_earlier
+from pipeline.inference.network import Array, Network, filled, in_blocks
+from pipeline.inference.reducers import Gather, Reducer
+from pipeline.inference.sums import exponent_of, quantum
+from pipeline.inference.vectors import as_stored, describe_embeddings, statistics
+from pipeline.spark import Task, say
+from pipeline.steps import Made, Output, Report, run_step
 
 
 def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Lineage, network: Network) -> None:
-    """Embed every item of the catalogue."""
+    """Embed every item of the catalogue; of an earlier run of the same model only what has changed since."""
     begin(storage, schemas.EMBEDDINGS)
-    steps = _Steps(spark, storage, settings, lineage, network)
-    hidden: str | None = None
+    if not _from_earlier(spark, storage, settings, lineage, network):
+        _run_all(spark, storage, settings, lineage, network)
+
+
+def _from_earlier(
+    spark: SparkSession, storage: Storage, settings: Settings, lineage: Lineage, network: Network
+) -> bool:
+    """Whether the embeddings could be made from those of an earlier run."""
+    earlier, reason = find_earlier(storage, settings, lineage, network)
+    if earlier is None:
+        if reason:
+            say(f"inference: all items, as {reason}")
+        return False
+    changed, keeps = Incremental(spark, storage, settings, lineage, network, earlier), False
+    try:
+        changed.run()
+        keeps = settings.resources.inference.keep_layers
+        if keeps:
+            changed.keep()
+    except TooDifferentError:
+        say("inference: all items, as the largest values of a layer changed by a power of two")
+        storage.delete(AGAIN)
+        return False
+    remade = open_manifest(storage, schemas.EMBEDDINGS).metadata["remade"]
+    told = ", ".join(f"{count:,} {name}" for name, count in remade.items())
+    say(f"inference: from {earlier.storage.url}, made again: {told}")
+    storage.delete(AGAIN if keeps else schemas.LAYERS.name)
+    return True
+
+
+def _run_all(spark: SparkSession, storage: Storage, settings: Settings, lineage: Lineage, network: Network) -> None:
+    reducer = make_reducer(spark, storage, settings, lineage, network)
+    keeps = settings.resources.inference.keep_layers and isinstance(reducer, Gather)
+    layers = Layers(spark, storage, settings, lineage, network, reducer, keeps)
+    if not network.num_layers:
+        layers.embed()
+    else:
+        layers.project()
     for layer in range(network.num_layers):
-        projected = steps.project(layer, hidden)
-        hidden = steps.combine(layer, hidden, projected)
-    steps.embed(hidden)
-    storage.delete(schemas.LAYERS.name)
+        layers.combine(layer)
+    reducer.finish()
+    if not keeps:
+        storage.delete(schemas.LAYERS.name)
 
 
-class _Steps:
-    """One map or reduce after the other, each a dataset of its own until the embeddings are there."""
+class Layers:
+    """One map or reduce after the other, each a step whose outputs are datasets of their own."""
 
     def __init__(
-        self, spark: SparkSession, storage: Storage, settings: Settings, lineage: Lineage, network: Network
-    ) -> None:
-        self.spark, self.storage, self.lineage, self.network = spark, storage, lineage, network
-        self.cache = settings.resources.cache
+        self, spark: SparkSession, storage: Storage, settings: Settings, lineage: Lineage, network: Network,
+        reducer: Reducer, keeps: bool = False,
+    ) -> None:  # fmt: skip
+        self.keeps = keeps
+        self.spark, self.storage, self.lineage, self.network, self.reducer = spark, storage, lineage, network, reducer
         self.layer_dtype, self.dtype = settings.task.inference.layer_dtype, settings.task.inference.dtype
-        self.features, self.neighbours, self.items = (
-            open_manifest(storage, d) for d in (schemas.FEATURES, schemas.NEIGHBOURS, schemas.ITEMS)
-        )
-        self.num_items = self.items.num_rows
-        self.num_shards = count_shards(self.num_items, settings.resources.rows_per_shard)
+        self.tasks = [{"shard": shard} for shard in range(reducer.num_shards)]
 
-    def project(self, layer: int, hidden: str | None) -> str:
-        """Map: what every item says to its neighbours."""
-        network, load, dtype = self.network, self._loader(hidden), self.layer_dtype
+    def project(self) -> None:
+        """Map: what every item says to its neighbours in the first layer."""
+        if self._is_done("project layer 1"):
+            return
+        network, hidden, stored = self.network, self._hidden(0), self._stored(self.layer_dtype)
 
-        def make(start: int, stop: int) -> pa.Table:
-            return _layer_rows(start, network.project(layer, load(start, stop)), dtype)
+        def make(task: Task) -> tuple[Sequence[Made], Report]:
+            (count, own), keep = hidden(task["shard"]), stored(task["shard"])
+            projected = in_blocks(lambda part: keep(part, network.project(0, own(part))), count)
+            return [projected], _widths(projected=projected)
 
-        return self._layer(
-            f"{schemas.LAYERS.name}/projected-{layer + 1}", make, f"inference: project layer {layer + 1}"
-        )
+        self._step("project layer 1", [self._raw("projected-1", "projected")], make)
 
-    def combine(self, layer: int, hidden: str | None, projected: str) -> str:
-        """Reduce: gather the neighbours' messages and make every item's next vector."""
-        network, load, dtype, storage, cache = (
-            self.network,
-            self._loader(hidden),
-            self.layer_dtype,
-            self.storage,
-            self.cache,
-        )
-        messages, neighbours = open_manifest(storage, projected), self.neighbours
+    def combine(self, layer: int) -> None:
+        """Reduce: every item's sum over its neighbours, its next vector, and what that says in the layer after.
 
-        def make(start: int, stop: int) -> pa.Table:
-            table = map_vectors(storage, messages, "vector", cache)
-            index, weights = _neighbourhoods(storage, neighbours, start, stop)
-            pooled = network.pool(layer, table, index, weights)
-            return _layer_rows(start, network.combine(layer, load(start, stop), pooled), dtype)
+        In the last layer, its embedding.
+        """
+        if self._is_done(f"combine layer {layer + 1}"):
+            return
+        network, hidden, is_last = self.network, self._hidden(layer), layer + 1 == self.network.num_layers
+        stored = self._stored(self.dtype if is_last else self.layer_dtype)
+        projected = open_manifest(self.storage, _dataset(f"projected-{layer + 1}"))
+        unit = quantum(projected.metadata["exponent"], self.layer_dtype)
+        sums, made_of = self.reducer.sums(layer, projected, unit), self.reducer.made_of
 
-        return self._layer(f"{schemas.LAYERS.name}/output-{layer + 1}", make, f"inference: combine layer {layer + 1}")
+        def make(task: Task) -> tuple[Sequence[Made], Report]:
+            shard = task["shard"]
+            (count, own), keep, summed = hidden(shard), stored(shard), sums(shard)
 
-    def embed(self, hidden: str | None) -> None:
-        """Map: the head, and the caller's keys."""
-        network, load, storage, items, dtype = self.network, self._loader(hidden), self.storage, self.items, self.dtype
+            def block(part: slice) -> tuple[Array, ...]:
+                pooled = filled(summed(part)) * np.float32(unit)
+                following = network.combine(layer, own(part), pooled)
+                if is_last:
+                    return (keep(part, network.head(following)),)
+                kept = keep(part, following)
+                return kept, keep(part, network.project(layer + 1, kept.astype(np.float32)))
 
-        def make(start: int, stop: int) -> pa.Table:
-            vectors = network.head(load(start, stop))
-            keys = read_rows(storage, items, start, stop, ["key", "id"])
-            bad = ~np.isfinite(vectors).all(axis=1)
-            if bad.any():
-                raise DataError(
-                    f"item {keys.column('key')[int(bad.argmax())]} got an embedding with NaN or infinity: the model "
-                    "has diverged; run `pinsage train --force` with a smaller task.training.learning_rate"
-                )
-            return pa.table(
-                {
-                    "key": keys.column("key"),
-                    "id": keys.column("id"),
-                    "embedding": vectors_to_arrow(vectors.astype(dtype)),
-                }
+            made = in_blocks(block, count)
+            if is_last:
+                return [made_of(shard, made[0])], statistics(made[0])
+            return made, _widths(hidden=made[0], projected=made[1])
+
+        outputs = [self.reducer.embedded(describe_embeddings)]
+        if not is_last:
+            outputs = [self._raw(f"hidden-{layer + 1}", "hidden"), self._raw(f"projected-{layer + 2}", "projected")]
+        self._step(f"combine layer {layer + 1}", outputs, make)
+        if not self.keeps:
+            self.storage.delete(projected.dataset)
+
+    def embed(self) -> None:
+        """Map: the head alone, for a network without layers."""
+        network, hidden, stored, made_of = self.network, self._hidden(0), self._stored(self.dtype), self.reducer.made_of
+
+        def make(task: Task) -> tuple[Sequence[Made], Report]:
+            (count, own), keep = hidden(task["shard"]), stored(task["shard"])
+            vectors = in_blocks(lambda part: keep(part, network.head(own(part))), count)
+            return [made_of(task["shard"], vectors)], statistics(vectors)
+
+        self._step("head", [self.reducer.embedded(describe_embeddings)], make)
+
+    def _hidden(self, layer: int) -> Callable[[int], tuple[int, Callable[[slice], Array]]]:
+        """Of a shard: its rows, and its items' vectors by blocks: the previous layer's, or standardised features."""
+        storage, network, reducer = self.storage, self.network, self.reducer
+        previous = open_manifest(storage, _dataset(f"hidden-{layer}")) if layer else None
+
+        def read(shard: int) -> tuple[int, Callable[[slice], Array]]:
+            if previous is not None:
+                rows = read_own_rows(storage, previous, shard)
+                return len(rows), lambda part: filled(rows[part]).astype(np.float32)
+            ids, features = reducer.ids(shard), reducer.features(shard)
+            return len(ids), lambda part: network.standardise(
+                filled(features[part]).astype(np.float32), filled(ids[part])
             )
 
-        shards = self._shards(schemas.EMBEDDINGS, make, "inference: head")
-        commit(storage, schemas.EMBEDDINGS, shards, self.lineage, {"items": self.num_items})
+        return read
 
-    def _layer(self, name: str, make: Callable[[int, int], pa.Table], label: str) -> str:
-        finished = find_manifest(self.storage, name)
-        if finished is None or finished.lineage.fingerprint != self.lineage.fingerprint:
-            begin(self.storage, name)
-            commit(self.storage, name, self._shards(name, make, label), self.lineage)
-        return name
+    def _stored(self, dtype: str) -> Callable[[int], Callable[[slice, Array], Array]]:
+        """Of a shard: how a block of its vectors is stored; DataError for what is no number, or fits no float16."""
+        name_of = self.reducer.name_of
+        return lambda shard: (
+            lambda part, vectors: as_stored(vectors, dtype, lambda row: name_of(shard, part.start + row))
+        )
 
-    def _shards(self, dataset: schemas.Dataset | str, make: Callable[[int, int], pa.Table], label: str) -> list[Shard]:
-        num_items, num_shards = self.num_items, self.num_shards
+    def _raw(self, name: str, of: str) -> Output:
+        dtype = self.layer_dtype
 
-        def rows(shard: int) -> pa.Table:
-            return make(*shard_bounds(num_items, num_shards, shard))
+        def describe(reports: list[Report]) -> dict[str, Any]:
+            width = max(report[of]["width"] for report in reports)
+            largest = [report[of]["largest"] for report in reports]
+            return {**describe_rows(dtype, width), "exponent": exponent_of(max(largest)), "largest": largest}
 
-        return make_shards(self.spark, self.storage, dataset, self.lineage, num_shards, rows, label)
+        return Output(_dataset(name), raw=True, describe=describe)
 
-    def _loader(self, hidden: str | None) -> Callable[[int, int], Array]:
-        """How a task reads its items' vectors: the previous layer's, or the standardised features."""
-        storage, features, network = self.storage, self.features, self.network
-        previous = None if hidden is None else open_manifest(storage, hidden)
+    def _is_done(self, label: str) -> bool:
+        """Whether a killed run finished the step: what it read may be gone."""
+        return finished_manifest(self.storage, _step_name(label), self.lineage) is not None
 
-        def load(start: int, stop: int) -> Array:
-            if previous is None:
-                rows = read_rows(storage, features, start, stop, ["features"]).column("features")
-                return network.standardise(arrow_to_vectors(rows).astype(np.float32), np.arange(start, stop))
-            rows = read_rows(storage, previous, start, stop, ["vector"]).column("vector")
-            return arrow_to_vectors(rows).astype(np.float32)
-
-        return load
+    def _step(
+        self, label: str, outputs: Sequence[Output], make: Callable[[Task], tuple[Sequence[Made], Report]]
+    ) -> list[Report]:
+        name = _step_name(label)
+        return run_step(self.spark, self.storage, self.lineage, name, self.tasks, outputs, make, f"inference: {label}")
 
 
-def _neighbourhoods(storage: Storage, neighbours: Manifest, start: int, stop: int) -> tuple[Array, Array]:
-    """Neighbour ids and weights [n, T] of items [start, stop); padding weighs 0."""
-    table = read_rows(storage, neighbours, start, stop)
-    indptr, ids = arrow_to_lists(table.column("neighbours"))
-    _, weights = arrow_to_lists(table.column("weights"))
-    rows, width = np.arange(stop - start), max(1, int(np.diff(indptr).max(initial=0)))
-    return padded(indptr, ids, rows, width, np.int64), padded(indptr, weights, rows, width, np.float32)
+def _step_name(label: str) -> str:
+    return _dataset(f"step-{label.replace(' ', '-')}")
 
 
-def _layer_rows(start: int, vectors: Array, dtype: str) -> pa.Table:
-    ids = pa.array(np.arange(start, start + len(vectors)), pa.uint32())
-    return pa.table({"id": ids, "vector": vectors_to_arrow(vectors.astype(dtype))})
+def _dataset(name: str) -> str:
+    return f"{schemas.LAYERS.name}/{name}"
+
+
+def _widths(**arrays: Array) -> Report:
+    return {name: {"width": array.shape[1], "largest": float(array.max(initial=0))} for name, array in arrays.items()}

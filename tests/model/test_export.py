@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
-from model import export, trainer
+from model import trainer
 from model.distributed import Group
 from model.export import Exported, load_exported
 from model.loader import Loader
@@ -22,6 +22,8 @@ from pipeline.contracts.datasets import open_manifest, read_file
 from pipeline.contracts.replica import padded
 from tests.model.conftest import Run, plant
 
+Array = NDArray[Any]
+
 
 def exported(run: Run) -> Exported:
     """Train, and load what inference loads."""
@@ -29,6 +31,15 @@ def exported(run: Run) -> Exported:
     manifest = open_manifest(run.storage, schemas.MODEL)
     files = [read_file(run.storage, manifest, name) for name in ("model.safetensors", "model.json")]
     return load_exported(files[0], json.loads(files[1]))
+
+
+def pooled(network: Exported, layer: int, projected: Array, index: Array, weights: Array) -> Array:
+    """What a reducer makes of a layer: plain sums, or the largest."""
+    index, weights = network.lists(layer, index, weights)
+    rows = projected[index] * (weights != 0)[..., None]
+    if network.reduction == "max":
+        return np.asarray(rows.max(1), np.float32)
+    return np.asarray((weights[..., None] * rows).sum(1), np.float32)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +68,7 @@ def test_layer_by_layer_equals_mini_batches(
     shares = padded(indptr, np.concatenate(weights), rows, 6, np.float32)
     h = network.standardise(planted["features"], rows)
     for layer in range(num_layers):
-        h = network.combine(layer, h, network.pool(layer, network.project(layer, h), index, shares))
+        h = network.combine(layer, h, pooled(network, layer, network.project(layer, h), index, shares))
     embeddings = network.head(h)
     assert embeddings.shape == (240, 16)
     assert embeddings.dtype == np.float32
@@ -78,22 +89,6 @@ def test_layer_by_layer_equals_mini_batches(
                 blocks.sizes,
             )
         np.testing.assert_allclose(embeddings[seeds], z.numpy(), atol=2e-6)
-
-
-def test_pool_reads_memory_maps_and_converts_half_floats_block_by_block(
-    make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    network = exported(make_run(training={"epochs": 1}))
-    generator = np.random.default_rng(1)
-    index, weights = generator.integers(0, 50, (20, 4)), generator.random((20, 4)).astype(np.float32)
-    monkeypatch.setattr(export, "BLOCK_BYTES", 4 * 8 * 4 * 3)
-    for dtype in (np.float32, np.float16):
-        layer = generator.normal(size=(50, 8)).astype(dtype)
-        np.save(tmp_path / "layer.npy", layer)
-        expected = np.einsum("nt,ntm->nm", weights, layer[index].astype(np.float64))
-        found = network.pool(0, np.load(tmp_path / "layer.npy", mmap_mode="r"), index, weights)
-        np.testing.assert_allclose(found, expected, atol=1e-5)
-        assert found.dtype == np.float32
 
 
 def test_a_pickled_model_computes_the_same(make_run: Callable[..., Run]) -> None:

@@ -11,7 +11,8 @@ import pytest
 from numpy.typing import NDArray
 from pyspark.sql import SparkSession
 
-from pipeline import inference
+from pipeline import spark as spark_module
+from pipeline import steps
 from pipeline.contracts import schemas
 from pipeline.contracts.config import parse_settings
 from pipeline.contracts.datasets import (
@@ -28,6 +29,10 @@ from pipeline.contracts.datasets import (
 )
 from pipeline.contracts.errors import DataError
 from pipeline.contracts.storage import Storage
+from pipeline.inference import stage
+from pipeline.inference.network import BLOCK
+from pipeline.inference.reducers import read_lists
+from pipeline.inference.vectors import as_stored
 from tests.synthetic import shop_settings
 
 LINEAGE = Lineage("before", {}, {})
@@ -36,25 +41,30 @@ Array = NDArray[Any]
 
 
 class PlainNetwork:
-    """A network in numpy, small enough to check by eye."""
+    """A network in numpy, small enough to check by eye; breaks_in names the function that makes NaN."""
 
-    def __init__(self, num_layers: int, breaks_at: float | None = None) -> None:
+    list_kinds: tuple[int, ...] = (0, 1)
+    reads = "all in the first layer, two in the second"
+
+    def __init__(self, num_layers: int, reduction: str = "sum", breaks_in: str = "") -> None:
         generator = np.random.default_rng(0)
-        self.num_layers = num_layers
+        self.num_layers, self.reduction, self.breaks_in = num_layers, reduction, breaks_in
         self.q = generator.normal(size=(num_layers, WIDTH, 4)).astype(np.float32)
         self.w = generator.normal(size=(num_layers, WIDTH + 4, WIDTH)).astype(np.float32)
-        self.breaks_at = breaks_at
 
     def standardise(self, features: Array, ids: NDArray[np.integer]) -> Array:
+        assert len(features) == len(ids) == BLOCK
         return features - np.float32(0.5)
 
     def project(self, layer: int, hidden: Array) -> Array:
         result: Array = np.maximum(hidden @ self.q[layer], 0)
-        return result
+        return result * np.float32(np.nan if self.breaks_in == "project" else 1)
 
-    def pool(self, layer: int, projected: Array, neighbours: NDArray[np.int64], weights: Array) -> Array:
-        result: Array = np.einsum("bt,btm->bm", weights, projected[neighbours])
-        return result
+    def lists(self, layer: int, index: NDArray[np.integer], weights: Array) -> tuple[NDArray[np.integer], Array]:
+        if layer == 0:
+            return index, weights
+        kept = weights[:, :2] / np.maximum(weights[:, :2].sum(axis=1, keepdims=True), np.float32(1e-9))
+        return index[:, :2], kept
 
     def combine(self, layer: int, hidden: Array, pooled: Array) -> Array:
         z = np.maximum(np.concatenate([hidden, pooled], axis=1) @ self.w[layer], 0)
@@ -62,8 +72,7 @@ class PlainNetwork:
         return result
 
     def head(self, hidden: Array) -> Array:
-        result: Array = hidden * 2 if self.breaks_at is None else hidden * np.float32(np.nan)
-        return result
+        return hidden * np.float32(np.nan if self.breaks_in == "head" else 2)
 
 
 def store_inputs(storage: Storage) -> tuple[Array, list[list[int]], list[list[float]]]:
@@ -73,7 +82,7 @@ def store_inputs(storage: Storage) -> tuple[Array, list[list[int]], list[list[fl
     lists = [sorted(generator.choice(NUM_ITEMS, size, replace=False).tolist()) for size in generator.integers(1, 7, 23)]
     lists[4] = []
     weights = [(np.ones(len(row)) / max(len(row), 1)).tolist() for row in lists]
-    for shard, (start, stop) in enumerate([(0, 8), (8, 15), (15, 23)]):
+    for shard, (start, stop) in enumerate([(0, 7), (7, 15), (15, 23)]):
         ids = pa.array(np.arange(start, stop), pa.uint32())
         indptr = np.concatenate([[0], np.cumsum([len(row) for row in lists[start:stop]])])
         flat = np.array([i for row in lists[start:stop] for i in row], np.uint32)
@@ -100,34 +109,185 @@ def store_inputs(storage: Storage) -> tuple[Array, list[list[int]], list[list[fl
 
 def all_at_once(network: PlainNetwork, features: Array, lists: list[list[int]], weights: list[list[float]]) -> Array:
     """The same layers on whole matrices, neighbours as a dense matrix."""
-    dense = np.zeros((NUM_ITEMS, NUM_ITEMS), np.float32)
-    for item, (row, shares) in enumerate(zip(lists, weights, strict=True)):
-        dense[item, row] = shares
-    hidden = network.standardise(features, np.arange(len(features)))
+    hidden = features - np.float32(0.5)
     for layer in range(network.num_layers):
-        hidden = network.combine(layer, hidden, dense @ network.project(layer, hidden))
+        dense = np.zeros((NUM_ITEMS, NUM_ITEMS), np.float32)
+        for item, (row, shares) in enumerate(zip(lists, weights, strict=True)):
+            read, total = (row, 1.0) if layer == 0 else (row[:2], sum(shares[:2]))
+            dense[item, read] = np.array(shares[: len(read)]) / max(total, 1e-9)
+        projected = network.project(layer, hidden)
+        if network.reduction == "sum":
+            pooled = dense @ projected
+        else:
+            pooled = np.stack([projected[np.flatnonzero(row)].max(axis=0, initial=0) for row in dense])
+        hidden = network.combine(layer, hidden, pooled)
     return network.head(hidden)
 
 
-@pytest.mark.parametrize("rows_per_shard", [23, 8, 4])
-@pytest.mark.parametrize("num_layers", [0, 2])
-def test_layer_by_layer_equals_all_at_once(
-    spark: SparkSession, storage: Storage, num_layers: int, rows_per_shard: int
-) -> None:
-    network = PlainNetwork(num_layers)
-    expected = all_at_once(network, *store_inputs(storage))
+def embed(
+    spark: SparkSession, storage: Storage, network: PlainNetwork, rows_per_shard: int, *overrides: str
+) -> tuple[Array, list[str], dict[str, Any]]:
+    """The stage's embeddings, their keys, and what the manifest says."""
     tree = shop_settings(Path("data"), Path(storage.url))
     tree["resources"]["rows_per_shard"] = rows_per_shard
-    inference.run(spark, storage, parse_settings(tree), Lineage("inference", {}, {}), network)
-    stored = read_table(storage, open_manifest(storage, schemas.EMBEDDINGS))
-    np.testing.assert_allclose(arrow_to_vectors(stored.column("embedding")), expected, rtol=1e-5, atol=1e-6)
-    assert stored.column("key").to_pylist() == [f"key {i}" for i in range(NUM_ITEMS)]
+    for override in overrides:
+        name, _, value = override.partition("=")
+        *folders, last = name.split(".")
+        place = tree
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[last] = value
+    settings = parse_settings(tree)
+    stage.run(spark, storage, settings, Lineage("inference", {"overrides": overrides}, {}), network)
+    manifest = open_manifest(storage, schemas.EMBEDDINGS)
+    stored = read_table(storage, manifest)
     assert storage.names(schemas.LAYERS.name) == []
+    return arrow_to_vectors(stored.column("embedding")), stored.column("key").to_pylist(), manifest.metadata
 
 
-def test_a_diverged_model_is_refused_by_item_and_nothing_is_published(spark: SparkSession, storage: Storage) -> None:
+GATHER = "resources.inference.reducer=gather"
+SHUFFLE = (
+    "resources.inference.reducer=shuffle",
+    "resources.inference.hub_share=0.1",
+    "resources.inference.cluster_rounds=1",
+)
+BY_ID = (*SHUFFLE, "resources.inference.cluster_rounds=0")
+NO_HUBS = (
+    "resources.inference.reducer=shuffle",
+    "resources.inference.hub_share=0",
+    "resources.inference.cluster_rounds=0",
+)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "max"])
+def test_all_ways_give_the_bytes_of_one_and_the_values_of_whole_matrices(
+    spark: SparkSession, storage: Storage, reduction: str
+) -> None:
+    network = PlainNetwork(2, reduction)
+    expected = all_at_once(network, *store_inputs(storage))
+    ways = [(23, (GATHER,)), (4, (GATHER,)), (8, BY_ID)]
+    if reduction == "sum":
+        ways += [(4, SHUFFLE), (23, NO_HUBS)]
+    first: Array | None = None
+    for rows_per_shard, overrides in ways:
+        vectors, keys, told = embed(spark, storage, network, rows_per_shard, *overrides)
+        first = vectors if first is None else first
+        np.testing.assert_array_equal(vectors, first, err_msg=f"{rows_per_shard} {overrides}")
+        np.testing.assert_allclose(vectors, expected, rtol=1e-5, atol=1e-6)
+        assert keys == [f"key {i}" for i in range(NUM_ITEMS)]
+        norms = np.linalg.norm(expected, axis=1)
+        assert told["norm_mean"] == pytest.approx(norms.mean())
+        assert (told["items"], told["zeros"]) == (NUM_ITEMS, int((norms == 0).sum()))
+
+
+def test_half_precision_layers_are_near_and_shuffled_as_gathered(spark: SparkSession, storage: Storage) -> None:
+    network = PlainNetwork(2)
+    expected = all_at_once(network, *store_inputs(storage))
+    half = ("task.inference.layer_dtype=float16", "task.inference.dtype=float16")
+    gathered, _, _ = embed(spark, storage, network, 8, GATHER, *half)
+    shuffled, _, _ = embed(spark, storage, network, 8, *BY_ID, *half)
+    np.testing.assert_array_equal(gathered, shuffled)
+    assert gathered.dtype == np.float16
+    np.testing.assert_allclose(gathered, expected, atol=4e-3)
+    assert np.abs(gathered - expected).max() > 1e-6
+
+
+def test_without_layers_the_head_reads_content(spark: SparkSession, storage: Storage) -> None:
+    network = PlainNetwork(0)
+    expected = all_at_once(network, *store_inputs(storage))
+    vectors, _, _ = embed(spark, storage, network, 8, *SHUFFLE)
+    np.testing.assert_allclose(vectors, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "breaks_at"),
+    [
+        ((GATHER,), ("project layer 1", "combine layer 1", "combine layer 2")),
+        (BY_ID, ("edges", "partial sums 1", "combine layer 1", "embeddings in order")),
+    ],
+)
+def test_broken_off_it_goes_on_to_the_same_bytes(
+    spark: SparkSession, storage: Storage, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...],
+    breaks_at: tuple[str, ...],
+) -> None:  # fmt: skip
+    """Broken off in the middle of several steps in turn, when half of a step's tasks are done."""
+    network = PlainNetwork(2)
     store_inputs(storage)
-    settings = parse_settings(shop_settings(Path("data"), Path(storage.url)))
+    expected, _, _ = embed(spark, storage, network, 8, *overrides)
+    storage.delete(schemas.EMBEDDINGS.name)
+    storage.delete(schemas.EXCHANGE)
+    left = [f"inference: {label}" for label in breaks_at]
+    original = spark_module.run_tasks
+
+    class BrokenOffError(Exception):
+        pass
+
+    def breaking(session: SparkSession, tasks: Any, work: Any, label: str) -> Any:
+        if label not in left:
+            return original(session, tasks, work, label)
+        left.remove(label)
+        original(session, tasks[:1], work, label)
+        raise BrokenOffError
+
+    monkeypatch.setattr(steps, "run_tasks", breaking)
+    for _ in breaks_at:
+        with pytest.raises(BrokenOffError):
+            embed(spark, storage, network, 8, *overrides)
+    found, _, _ = embed(spark, storage, network, 8, *overrides)
+    np.testing.assert_array_equal(found, expected)
+    assert not left
+
+
+def test_edges_are_worked_out_once_for_many_models(
+    spark: SparkSession, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store_inputs(storage)
+    first, other = PlainNetwork(2), PlainNetwork(2)
+    other.q = other.q * np.float32(0.5)
+    embed(spark, storage, first, 8, *BY_ID)
+    labels = []
+    original = spark_module.run_tasks
+
+    def watching(session: SparkSession, tasks: Any, work: Any, label: str) -> Any:
+        labels.append(label)
+        return original(session, tasks, work, label)
+
+    monkeypatch.setattr(steps, "run_tasks", watching)
+    shuffled, _, _ = embed(spark, storage, other, 8, *BY_ID, "task.inference.dtype=float32")
+    assert not {"inference: edges", "inference: choose hubs", "inference: count references"} & set(labels)
+    assert [label for label in labels if "partial sums" in label]
+    gathered, _, _ = embed(spark, storage, other, 8, GATHER)
+    np.testing.assert_array_equal(shuffled, gathered)
+
+
+@pytest.mark.parametrize("breaks_in", ["head", "project"])
+def test_a_diverged_model_is_refused_by_item_and_nothing_is_published(
+    spark: SparkSession, storage: Storage, breaks_in: str
+) -> None:
+    store_inputs(storage)
     with pytest.raises(DataError, match=r"item key 0 got an embedding with NaN.*learning_rate"):
-        inference.run(spark, storage, settings, Lineage("inference", {}, {}), PlainNetwork(1, breaks_at=0))
+        embed(spark, storage, PlainNetwork(1, breaks_in=breaks_in), 8, GATHER)
     assert find_manifest(storage, schemas.EMBEDDINGS) is None
+
+
+def test_what_float16_cannot_hold_is_told_before_it_is_infinite() -> None:
+    vectors = np.ones((3, 2), np.float32)
+    vectors[1] = 70_000
+    with pytest.raises(DataError, match=r"item shoe 1 has a value of 70000, and float16 ends at 65504"):
+        as_stored(vectors, "float16", lambda row: f"shoe {row}")
+    assert as_stored(vectors, "float32", str).dtype == np.float32
+
+
+def test_weights_that_are_no_shares_are_refused() -> None:
+    def rows(weights: list[float]) -> pa.Table:
+        columns = [pa.array([7], pa.uint32()), lists_to_arrow(np.array([0, 2]), np.array([1, 2], np.uint32))]
+        return pa.table(
+            [*columns, lists_to_arrow(np.array([0, 2]), np.array(weights, np.float32))],
+            names=["id", "neighbours", "weights"],
+        )
+
+    index, weights = read_lists(rows([0.75, 0.25]))
+    assert (index.tolist(), weights.tolist()) == ([[1, 2]], [[0.75, 0.25]])
+    for bad in ([3.0, 1.0], [0.5, -0.5], [np.nan, 0.1]):
+        with pytest.raises(DataError, match=r"item 7 have weights from .*, expected shares of 1"):
+            read_lists(rows(bad))

@@ -1,0 +1,63 @@
+"""What a trained network is to inference: array functions; and how they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Lists = tuple[NDArray[np.integer], NDArray[np.float32]]
+"""Neighbour ids and their weights, [n, T] each; padding weighs 0."""
+BLOCK = 1024
+"""Rows of every call. A product's last bits may depend on how many rows it has: with always as many, the last of a
+shard filled up with zeros, an item's vector is the same in whatever company it is made."""
+
+
+class Network(Protocol):
+    """The trained model as array functions; must pickle, as Spark ships it to its tasks."""
+
+    num_layers: int
+    reduction: str
+    """How a neighbourhood becomes one message: `sum`, weighted, or `max`, column by column."""
+    list_kinds: tuple[int, ...]
+    """For every layer a number: layers of the same number read the same lists."""
+    reads: str
+    """How lists are read, in words: networks of the same words read them alike."""
+
+    def standardise(self, features: Array, ids: NDArray[np.integer]) -> Array:
+        """Content vectors [n, F] to the first layer's input [n, F]."""
+
+    def project(self, layer: int, hidden: Array) -> Array:
+        """What an item [n, d] says to those that have it as neighbour [n, m]; not negative."""
+
+    def lists(self, layer: int, index: NDArray[np.integer], weights: NDArray[np.float32]) -> Lists:
+        """The neighbours that a layer reads, and how much each counts: of lists [n, T], up to as many columns."""
+
+    def combine(self, layer: int, hidden: Array, pooled: Array) -> Array:
+        """An item's next vector [n, d] from its own [n, d'] and its neighbours' sums [n, m]."""
+
+    def head(self, hidden: Array) -> Array:
+        """The embedding [n, d] of the last layer's output."""
+
+
+def in_blocks(function: Callable[[slice], Any], count: int) -> Any:
+    """What function makes of one block of rows after the other, each of BLOCK rows: one array or a tuple, joined."""
+    parts: list[tuple[Array, ...]] = []
+    for start in range(0, max(count, 1), BLOCK):
+        result = function(slice(start, start + BLOCK))
+        results = result if isinstance(result, tuple) else (result,)
+        parts.append(tuple(part[: count - start] for part in results))
+    joined = tuple(np.concatenate(column) for column in zip(*parts, strict=True))
+    return joined if isinstance(result, tuple) else joined[0]
+
+
+def filled(rows: Array) -> Array:
+    """The rows, with zeros below them up to BLOCK."""
+    if len(rows) == BLOCK:
+        return rows
+    result = np.zeros((BLOCK, *rows.shape[1:]), rows.dtype)
+    result[: len(rows)] = rows
+    return result

@@ -1,0 +1,151 @@
+"""How items are cut into shards, and how their neighbours' messages reach them.
+
+`gather`: shards of consecutive items, and one layer of messages mapped by every host. What a host's memory does not
+hold of it is read from disk, a page for every look-up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline.contracts import schemas
+from pipeline.contracts.config import Settings
+from pipeline.contracts.datasets import (
+    Manifest,
+    arrow_to_lists,
+    arrow_to_vectors,
+    open_manifest,
+    read_rows,
+    vectors_to_arrow,
+)
+from pipeline.contracts.errors import DataError
+from pipeline.contracts.replica import map_rows, padded
+from pipeline.contracts.sharding import count_shards, shard_bounds
+from pipeline.contracts.storage import Storage
+from pipeline.inference.network import Array, Lists, Network
+from pipeline.inference.sums import add_rows
+from pipeline.steps import Made, Output, Report
+
+Sums = Callable[[slice], NDArray[np.int32]]
+"""Of a shard: the sums [n, m] of some of its rows."""
+Describe = Callable[[list[Report]], dict[str, Any]]
+
+
+class Reducer(Protocol):
+    """Shards of items, and what they get from their neighbours."""
+
+    num_shards: int
+
+    def ids(self, shard: int) -> NDArray[np.int64]:
+        """The ids of a shard's items, ascending."""
+
+    def name_of(self, shard: int, row: int) -> str:
+        """The key of one of them, for messages."""
+
+    def features(self, shard: int) -> Array:
+        """Their content vectors [n, F], as stored."""
+
+    def sums(self, layer: int, projected: Manifest, unit: float) -> Callable[[int], Sums]:
+        """Of a shard: what its items' neighbours say, summed in multiples of unit; may run steps of its own first."""
+
+    def embedded(self, describe: Describe) -> Output:
+        """What the step that makes the embeddings writes; describe makes the metadata of EMBEDDINGS."""
+
+    def made_of(self, shard: int, vectors: Array) -> Made:
+        """A shard's embeddings as that."""
+
+    def finish(self) -> None:
+        """Make EMBEDDINGS of it, where it is not that yet."""
+
+
+class Gather:
+    """Shards of consecutive items; every host maps the whole layer."""
+
+    def __init__(self, storage: Storage, settings: Settings, network: Network) -> None:
+        self._storage, self._network, self._cache = storage, network, settings.resources.cache
+        self._features, self._neighbours, self._items = (
+            open_manifest(storage, d) for d in (schemas.FEATURES, schemas.NEIGHBOURS, schemas.ITEMS)
+        )
+        self._num_items = self._items.num_rows
+        self.num_shards = count_shards(self._num_items, settings.resources.rows_per_shard)
+
+    def _bounds(self, shard: int) -> tuple[int, int]:
+        return shard_bounds(self._num_items, self.num_shards, shard)
+
+    def ids(self, shard: int) -> NDArray[np.int64]:
+        return np.arange(*self._bounds(shard))
+
+    def name_of(self, shard: int, row: int) -> str:
+        return key_of(self._storage, self._items, self._bounds(shard)[0] + row)
+
+    def features(self, shard: int) -> Array:
+        return arrow_to_vectors(
+            read_rows(self._storage, self._features, *self._bounds(shard), ["features"]).column("features")
+        )
+
+    def sums(self, layer: int, projected: Manifest, unit: float) -> Callable[[int], Sums]:
+        storage, neighbours, cache, network, bounds = (
+            self._storage, self._neighbours, self._cache, self._network, self._bounds
+        )  # fmt: skip
+        columns = projected.metadata["width"]
+
+        def of(shard: int) -> Sums:
+            start, stop = bounds(shard)
+            index, weights = network.lists(layer, *read_lists(read_rows(storage, neighbours, start, stop)))
+            table = map_rows(storage, projected, cache)
+            places, length = table.places(index), index.shape[1]
+
+            def some(part: slice) -> NDArray[np.int32]:
+                own, shares = places[part], weights[part]
+                out = np.zeros((len(own), columns), np.int32)
+                indptr = np.arange(len(own) + 1) * length
+                add_rows(table.rows, indptr, own.reshape(-1), shares.reshape(-1), unit, out, network.reduction)
+                return out
+
+            return some
+
+        return of
+
+    def embedded(self, describe: Describe) -> Output:
+        return Output(schemas.EMBEDDINGS, describe=describe)
+
+    def made_of(self, shard: int, vectors: Array) -> Made:
+        return with_keys(self._storage, self._items, *self._bounds(shard), vectors)
+
+    def finish(self) -> None:
+        pass
+
+
+def read_lists(table: pa.Table) -> Lists:
+    """Neighbour ids and weights [n, T] of rows of NEIGHBOURS; padding weighs 0.
+
+    Raises DataError for weights that do not sum to at most 1, on which the sums' integers rely.
+    """
+    indptr, ids = arrow_to_lists(table.column("neighbours"))
+    _, weights = arrow_to_lists(table.column("weights"))
+    rows, width = np.arange(table.num_rows), max(1, int(np.diff(indptr).max(initial=0)))
+    shares = padded(indptr, weights, rows, width, np.float32)
+    total = shares.sum(axis=1, dtype=np.float64)
+    if len(shares) and (not shares.min() >= 0 or not total.max() < 1.01):
+        row = int(np.argmax(~((total < 1.01) & (shares.min(axis=1) >= 0))))
+        raise DataError(
+            f"the neighbours of item {table.column('id')[row].as_py()} have weights from {shares[row].min():g}, in all "
+            f"{total[row]:g}, expected shares of 1; run `pinsage walks --force`"
+        )
+    return padded(indptr, ids, rows, width, np.int64), shares
+
+
+def key_of(storage: Storage, items: Manifest, item: int) -> str:
+    """The caller's key of an item."""
+    return str(read_rows(storage, items, item, item + 1, ["key"]).column("key")[0])
+
+
+def with_keys(storage: Storage, items: Manifest, start: int, stop: int, vectors: Array) -> pa.Table:
+    """Rows of EMBEDDINGS of consecutive items."""
+    known = read_rows(storage, items, start, stop, ["key", "id"])
+    return pa.table({"key": known.column("key"), "id": known.column("id"), "embedding": vectors_to_arrow(vectors)})

@@ -1,0 +1,174 @@
+"""From an earlier run: the bytes of a whole run, at the cost of what changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from numpy.typing import NDArray
+from pyspark.sql import SparkSession
+
+from pipeline.contracts import schemas
+from pipeline.contracts.config import parse_settings
+from pipeline.contracts.datasets import (
+    Lineage,
+    arrow_to_vectors,
+    commit,
+    lists_to_arrow,
+    open_manifest,
+    read_table,
+    vectors_to_arrow,
+    write_file,
+    write_shard,
+)
+from pipeline.contracts.sharding import shard_bounds
+from pipeline.contracts.storage import Storage
+from pipeline.inference import stage
+from tests.pipeline.inference.test_stage import WIDTH, PlainNetwork
+from tests.synthetic import shop_settings
+
+Array = NDArray[Any]
+LINEAGE = Lineage("before", {}, {})
+
+
+class World:
+    """Items in groups of ten, whose neighbours are of their group; six are new on the second night."""
+
+    def __init__(self, num_items: int, seed: int = 0) -> None:
+        generator = np.random.default_rng(seed)
+        self.features = generator.random((num_items, WIDTH)).astype(np.float32)
+        self.lists = [
+            np.sort(generator.choice(np.arange(item // 10 * 10, min(num_items, item // 10 * 10 + 10)), 4)).tolist()
+            for item in range(num_items)
+        ]
+
+    def store(self, storage: Storage, num_shards: int, model: bytes = b"model") -> None:
+        """As the stages before inference leave them."""
+        count = len(self.features)
+        written: dict[schemas.Dataset, list[Any]] = {
+            d: [] for d in (schemas.ITEMS, schemas.FEATURES, schemas.NEIGHBOURS)
+        }
+        for shard in range(num_shards):
+            start, stop = shard_bounds(count, num_shards, shard)
+            ids = pa.array(np.arange(start, stop), pa.uint32())
+            rows = self.lists[start:stop]
+            indptr = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
+            flat = np.array([i for row in rows for i in row], np.uint32)
+            weights = np.concatenate([np.full(len(row), 1 / max(1, len(row)), np.float32) for row in rows])
+            zeros = pa.array([0] * (stop - start), pa.int64())
+            keys = pa.array([f"key {i}" for i in range(start, stop)])
+            tables = {
+                schemas.ITEMS: [keys, ids, zeros, zeros, pa.nulls(stop - start, pa.string())],
+                schemas.FEATURES: [ids, vectors_to_arrow(self.features[start:stop])],
+                schemas.NEIGHBOURS: [ids, lists_to_arrow(indptr, flat), lists_to_arrow(indptr, weights)],
+            }
+            for dataset, columns in tables.items():
+                table = pa.table(columns, names=[column.name for column in dataset.columns or ()])
+                written[dataset].append(write_shard(storage, dataset, shard, table, LINEAGE))
+        for dataset, shards in written.items():
+            commit(storage, dataset, shards, LINEAGE)
+        commit(storage, schemas.MODEL, [write_file(storage, "model", "model.json", model, LINEAGE)], LINEAGE)
+
+
+def embed(
+    spark: SparkSession, storage: Storage, network: PlainNetwork, rows: int = 25, previous: Storage | None = None,
+    **inference: Any,
+) -> tuple[Array, dict[str, Any]]:  # fmt: skip
+    """The stage's embeddings and metadata."""
+    tree = shop_settings(Path("data"), Path(storage.url))
+    tree["resources"] |= {"rows_per_shard": rows, "inference": {"reducer": "gather", "keep_layers": True}}
+    tree["task"]["inference"] = inference
+    tree["task"]["data"]["previous"] = None if previous is None else previous.url
+    read = schemas.INFERENCE.reads
+    lineage = Lineage("inference", dict(inference), {d.name: open_manifest(storage, d).content for d in read})
+    stage.run(spark, storage, parse_settings(tree), lineage, network)
+    manifest = open_manifest(storage, schemas.EMBEDDINGS)
+    return arrow_to_vectors(read_table(storage, manifest).column("embedding")), manifest.metadata
+
+
+@pytest.mark.parametrize("inference", [{}, {"layer_dtype": "float16"}])
+def test_what_changed_is_made_again_to_the_bytes_of_a_whole_run(
+    spark: SparkSession, tmp_path: Path, inference: dict[str, Any]
+) -> None:
+    network, world = PlainNetwork(2), World(94)
+    first, second, whole, third = (Storage(str(tmp_path / name)) for name in ("first", "second", "whole", "third"))
+    world.store(first, 4)
+    before, _ = embed(spark, first, network, **inference)
+    changed = World(100)
+    changed.features[:94], changed.lists[:94] = world.features, world.lists
+    changed.features[[3, 47]] += np.float32(0.25)
+    changed.lists[61] = [60, 62, 69]
+    for storage in (second, whole):
+        changed.store(storage, 4)
+    again, told = embed(spark, second, network, previous=first, **inference)
+    expected, _ = embed(spark, whole, network, **inference)
+    np.testing.assert_array_equal(again, expected)
+    assert len(again) == 100
+    reached = np.flatnonzero((again[:94] != before).any(axis=1)) // 10
+    assert set(reached.tolist()) <= {0, 4, 6, 9}
+    remade = told["remade"]
+    assert remade["changed items"] == 2 + 1 + 6
+    assert remade["messages of layer 1"] == 2 + 6
+    assert 9 < remade["vectors of layer 1"] <= remade["embeddings"] <= 40
+    # the third night goes on from the second's kept layers, cut otherwise, and ends a chain of two
+    changed.features[20] += np.float32(0.5)
+    changed.store(third, 3)
+    chained, told = embed(spark, third, network, rows=40, previous=second, **inference)
+    assert told["remade"]["changed items"] == 1
+    whole.delete(schemas.EMBEDDINGS.name)
+    changed.store(whole, 3)
+    np.testing.assert_array_equal(chained, embed(spark, whole, network, **inference)[0])
+
+
+def test_nothing_changed_nothing_is_made(spark: SparkSession, tmp_path: Path) -> None:
+    world, network = World(40), PlainNetwork(2)
+    first, second = (Storage(str(tmp_path / name)) for name in ("first", "second"))
+    for storage in (first, second):
+        world.store(storage, 2)
+    before, _ = embed(spark, first, network)
+    after, told = embed(spark, second, network, previous=first)
+    np.testing.assert_array_equal(before, after)
+    assert not any(told["remade"].values())
+
+
+def another_model(world: World, storage: Storage) -> None:
+    world.store(storage, 2, model=b"another")
+
+
+def larger_values(world: World, storage: Storage) -> None:
+    world.features[5] *= np.float32(100)
+    world.store(storage, 2)
+
+
+def fewer_items(world: World, storage: Storage) -> None:
+    world.features, world.lists = world.features[:30], [[0]] * 30
+    world.store(storage, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (another_model, "all items, as the model is another"),
+        (larger_values, "all items, as the largest values of a layer changed by a power of two"),
+        (fewer_items, "all items, as items were numbered anew"),
+    ],
+)
+def test_what_cannot_be_gone_on_from_is_made_whole(
+    spark: SparkSession, tmp_path: Path, capfd: pytest.CaptureFixture[str], change: Callable[..., None], reason: str
+) -> None:
+    world, network = World(40), PlainNetwork(2)
+    first, second, whole = (Storage(str(tmp_path / name)) for name in ("first", "second", "whole"))
+    world.store(first, 2)
+    embed(spark, first, network)
+    for storage in (second, whole):
+        fresh = World(40)
+        change(fresh, storage)
+    capfd.readouterr()
+    found, told = embed(spark, second, network, previous=first)
+    assert reason in capfd.readouterr().err
+    assert "remade" not in told
+    np.testing.assert_array_equal(found, embed(spark, whole, network)[0])
