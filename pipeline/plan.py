@@ -19,6 +19,7 @@ from pipeline.contracts.config import (
     Features,
     Graph,
     Inference,
+    InferenceResources,
     Model,
     Pairs,
     Settings,
@@ -35,6 +36,13 @@ REFERENCE_BYTES = 1 << 26
 """Rates of random reads hold for this much memory; a doubling adds what `_doubling` rates say."""
 SIGMA = 0.93
 """Of the lognormal degrees: the median is exp(-SIGMA ** 2 / 2) = 0.65 of the mean."""
+HUB_REFERENCES = 2.5
+"""Share of all neighbours that are among the most referenced items, by the root of these items' share: measured on the
+generator's graphs, 28 % for 1 % of the items, 54 % for 5 %."""
+CLUSTERED_SHARDS = 8.4
+"""Shards among 50 neighbours of an item when items are laid out by label propagation: measured so at 256 shards."""
+WIRE_BYTES = {"float32": 4, "float16": 3}
+"""As inference.sums: bytes of a partial sum."""
 KEYS_PER_RANGE = 4_000_000
 """As keys.RANGE_ROWS: keys that one task of ingest sorts."""
 MAX_USERS_READ = 1024
@@ -103,6 +111,7 @@ class Task:
     strategy: str = "auto"
     cluster_rounds: int = WalksResources().cluster_rounds
     host_memory: int | None = None
+    layers: InferenceResources = field(default_factory=InferenceResources)
     rows_per_shard: int = 100_000
     events_per_shard: int = 1_000_000
     threads: int = 1
@@ -117,6 +126,7 @@ class Task:
             task.split, task.graph, task.features, task.walks, task.pairs, task.model, task.training, task.inference,
             task.index.train_rows, content_values, strategy=resources.walks.strategy,
             cluster_rounds=resources.walks.cluster_rounds, host_memory=memory and int(memory),
+            layers=resources.inference,
             rows_per_shard=resources.rows_per_shard, events_per_shard=resources.events_per_shard,
             threads=resources.threads,
         )  # fmt: skip
@@ -764,46 +774,103 @@ class _Planner:
         return self._stage("train, an epoch", [step], before, local=local, driver=memory)
 
     def _inference(self) -> Stage:
-        task, rates, items = self.task, self.rates, float(self.scale.items)
-        model, top, shards = task.model, task.walks.num_neighbours, self.item_shards
+        """Every layer once; its messages on every host, or partial sums of them between shards."""
+        task, rates, items, shards = self.task, self.rates, float(self.scale.items), self.item_shards
+        model, top, hosts = task.model, task.walks.num_neighbours, self.cluster.hosts
         width, hidden, out = task.content_values, model.hidden_dimensions, model.output_dimensions
         size = 2 if task.inference.layer_dtype == "float16" else 4
         gflop, layer_bytes = 1e-9 / rates.gemm_gflops, size * items * hidden
-        steps: list[Step] = []
-        memory = 12.0 * items / shards * max(width, hidden, out) + 12.0 * top * items / shards
-        for layer in range(1, model.num_layers + 1):
+        half = task.layers.host_memory or self.cluster.memory_bytes / 2
+        gathers = not model.num_layers or task.layers.reducer == "gather"
+        gathers |= task.layers.reducer == "auto" and layer_bytes <= half
+        rows = items / shards
+        memory = 12.0 * rows * max(width, out) + size * rows * hidden + 16.0 * top * rows
+        steps = [] if gathers else [*self._edges(), self._sent("content to shards", items, width, 2)]
+        moved = 1e-9 * (width * rates.load_value_ns + hidden * rates.store_value_ns)
+        first = items * (2 * width * hidden * gflop + moved)
+        if model.num_layers:
             steps.append(
                 Step(
-                    f"project layer {layer}", shards,
-                    items * (2 * width * hidden * gflop + 1e-9 * (width * rates.load_value_ns))
-                    + 1e-9 * items * hidden * rates.store_value_ns,
-                    read_bytes=4 * items * width, write_bytes=layer_bytes, task_bytes=memory,
+                    "project layer 1", shards, first, read_bytes=2 * items * width, write_bytes=layer_bytes,
+                    task_bytes=memory,
                 )
             )  # fmt: skip
+        for layer in range(1, model.num_layers + 1):
+            last = layer == model.num_layers
+            after = 4 * out * out if last else 2 * out * hidden
+            made = out + (0 if last else hidden)
+            pooling = 1e-9 * top * hidden * rates.pool_value_ns
+            if gathers:
+                copies = hosts * layer_bytes if hosts > 1 else 0.0
+                read, shuffled, held = copies + layer_bytes, copies, 0.0
+            else:
+                steps.append(self._partial_sums(layer, hidden, size, pooling))
+                read = shuffled = steps[-1].write_bytes
+                held, pooling = 4.0 * rows * hidden, 1e-9 * hidden * self._partial_rows() * rates.load_value_ns
             steps.append(
                 Step(
                     f"combine layer {layer}", shards,
-                    items * (2 * (width + hidden) * out * gflop + 1e-9 * top * hidden * rates.pool_value_ns)
-                    + 1e-9 * items * (width * rates.load_value_ns + out * rates.store_value_ns),
-                    read_bytes=self.cluster.hosts * layer_bytes + 4 * items * width,
-                    write_bytes=self.cluster.hosts * layer_bytes + size * items * out,
-                    shuffle_bytes=self.cluster.hosts * layer_bytes, scratch_bytes=2 * layer_bytes,
-                    serial_seconds=1e-9 * items * hidden * rates.copy_value_ns, task_bytes=memory,
+                    items * ((2 * (width + hidden) * out + after) * gflop + pooling)
+                    + 1e-9 * items * (width * rates.load_value_ns + made * rates.store_value_ns),
+                    read_bytes=read + size * items * width + self.stored["neighbours"],
+                    write_bytes=size * items * made + (shuffled if gathers else 0.0),
+                    shuffle_bytes=shuffled if gathers else 0.0,
+                    scratch_bytes=2 * layer_bytes, task_bytes=memory + held,
                 )
             )  # fmt: skip
             width = out
-        steps.append(
-            Step(
-                "head", shards,
-                items * (4 * out * out * gflop + 1e-9 * out * (rates.load_value_ns + rates.store_value_ns)),
-                read_bytes=size * items * out, write_bytes=self.stored["embeddings"], task_bytes=memory,
-            )
-        )  # fmt: skip
+        if not gathers:
+            steps.append(self._sent("embeddings in order", items, out, 4))
         before = ("raw", "interactions", "nodes", "features", "graph", "neighbours", "pairs", "hard negatives")
-        copies = model.num_layers * layer_bytes
-        return self._stage(
-            "inference", steps, before, ("embeddings",), shared=layer_bytes if model.num_layers else 0.0, local=copies
-        )
+        held = layer_bytes if model.num_layers and gathers else self._hubs() * items * hidden * size
+        copies = held if hosts > 1 or not gathers else 0.0
+        return self._stage("inference", steps, before, ("embeddings",), shared=held, local=copies)
+
+    def _hubs(self) -> float:
+        return float(self.task.layers.hub_share)
+
+    def _partial_rows(self) -> float:
+        """Sums that a layer sends, for each item: shards among its neighbours that are no hubs."""
+        others = self.task.walks.num_neighbours * (1 - min(0.9, HUB_REFERENCES * self._hubs() ** 0.5))
+        apart = self.item_shards * -math.expm1(-others / self.item_shards)
+        return min(apart, CLUSTERED_SHARDS) if self.task.layers.cluster_rounds else apart
+
+    def _edges(self) -> Iterable[Step]:
+        """Where every neighbour's message has to go: once per neighbour table."""
+        rates, items, shards = self.rates, float(self.scale.items), self.item_shards
+        edges = items * self.task.walks.num_neighbours
+        rounds = 2 * self.task.layers.cluster_rounds
+        size = 12 * edges
+        yield Step(
+            "edges", shards,
+            1e-9 * edges * (rounds * rates.label_edge_ns + 4 * rates.ship_entry_ns)
+            + 4 * self._blocks(shards, shards, items),
+            read_bytes=(rounds + 3) * self.stored["neighbours"] + size, write_bytes=self.stored["neighbours"] + size,
+            shuffle_bytes=self.stored["neighbours"] + size, task_bytes=40.0 * edges / shards,
+        )  # fmt: skip
+
+    def _partial_sums(self, layer: int, hidden: int, size: int, pooling: float) -> Step:
+        """What every shard of sources adds to every shard of destinations, and the hubs' messages to all hosts."""
+        items, shards = float(self.scale.items), self.item_shards
+        rows = items * self._partial_rows()
+        sent = rows * (WIRE_BYTES["float16" if size == 2 else "float32"] * hidden + 4)
+        hubs = self.cluster.hosts * self._hubs() * items * hidden * size
+        return Step(
+            f"partial sums {layer}", shards,
+            items * pooling + 1e-9 * rows * hidden * self.rates.store_value_ns + self._blocks(shards, shards, rows),
+            read_bytes=size * items * hidden + 12 * items * self.task.walks.num_neighbours, write_bytes=sent + hubs,
+            shuffle_bytes=sent + hubs, scratch_bytes=sent,
+            task_bytes=4.0 * items / shards * hidden + 8.0 * hidden * rows / shards**2,
+        )  # fmt: skip
+
+    def _sent(self, name: str, items: float, width: int, size: int) -> Step:
+        """Vectors to their shards."""
+        rates, shards, sent = self.rates, self.item_shards, size * items * width
+        seconds = 1e-9 * items * width * (rates.load_value_ns + rates.store_value_ns)
+        return Step(
+            name, shards, 2 * seconds + self._blocks(shards, shards, items), read_bytes=2 * sent, write_bytes=2 * sent,
+            shuffle_bytes=sent, task_bytes=4 * sent / shards,
+        )  # fmt: skip
 
     def _index(self) -> Stage:
         """By the driver, with resources.threads threads."""
@@ -845,9 +912,9 @@ _ADVICE = {
     "task.pairs.num_hard_negatives: 0",
     "pairs disk": "set resources.walks.strategy: shuffle, or smaller task.pairs.compose_width, or none: "
     "task.pairs.num_hard_negatives: 0",
-    "inference memory": "every host maps a copy of a layer: what is not in memory is read from disk at every look-up; "
-    "set task.inference.layer_dtype: float16 and a smaller task.model.hidden_dimensions, or take larger hosts",
-    "inference disk": "every host keeps a copy of every layer; set task.inference.layer_dtype: float16 and a smaller "
+    "inference memory": "set resources.inference.reducer: shuffle, task.inference.layer_dtype: float16, a smaller "
+    "resources.rows_per_shard, or take larger hosts",
+    "inference disk": "set task.inference.layer_dtype: float16, resources.inference.cluster_rounds above 0, a smaller "
     "task.model.hidden_dimensions, or take larger disks",
     "index memory": "one host builds the index in memory; set a compressed task.index.factory",
     "index disk": "one host holds all embeddings and the index; take larger disks",

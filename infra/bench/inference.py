@@ -244,21 +244,17 @@ def best(work: Any, rounds: int = 15) -> float:
 # ------------------------------------------------------------------------------------------------ what is measured
 
 
-def planned_bytes(items: int) -> float | None:
-    """What `pinsage plan` says a layer's exchange takes, per item."""
+def planned_bytes(folder: Path, items: int) -> float:
+    """What `pinsage plan` says that a layer's partial sums take, per item."""
     command = [
         sys.executable, "-m", "jobs.cli", "plan", "--items", str(items), "--users", str(items // 2), "--edges",
-        str(9 * items), "--hosts", "20", "--memory", "512G", "--cores", "64", "--disk", "8T", "--json",
-        "--set", "resources.inference.reducer=shuffle", "--set", "task.inference.layer_dtype=float16",
-        "--set", f"task.model.hidden_dimensions={HIDDEN}", "--set", f"task.model.output_dimensions={OUTPUTS}",
+        str(9 * items), "--hosts", "20", "--memory", "512G", "--cores", "64", "--disk", "8T", "--json", "--settings",
+        str(settings_file(folder)), "--set", "resources.inference.reducer=shuffle",
     ]  # fmt: skip
-    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False).stdout
-    try:
-        stages = json.loads(printed)["stages"]
-        steps = next(stage for stage in stages if stage["name"] == "inference")["steps"]
-        return float(next(step for step in steps if step["name"] == "partial sums 1")["shuffle_bytes"]) / items
-    except (ValueError, KeyError, StopIteration):
-        return None
+    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    stage = next(stage for stage in json.loads(printed)["stages"] if stage["name"] == "inference")
+    step = next(step for step in stage["steps"] if step["name"] == "partial sums 1")
+    return float(step["shuffle_bytes"]) / items
 
 
 def run(items: int, large: int, batch: int, batches: int, seed: int, folder: Path) -> dict[str, Any]:
@@ -315,14 +311,14 @@ def measure_peers(
     sent = rows * (3 * HIDDEN + 4) / items
     print(
         f"shuffle: {took['seconds']:.1f} s, {took['core_seconds'] / items * 1e6:.1f} core-us an item; of "
-        f"{edges / items:.1f} edges an item {hubs / items:.1f} lead to hubs and the rest make {rows / items:.1f} partial "
+        f"{edges / items:.1f} edges an item {hubs / items:.1f} lead to hubs, the rest make {rows / items:.1f} partial "
         f"sums in {len(reports)} shards: {sent:,.0f} bytes an item and layer",
         flush=True,
     )
     return {
         "items_per_s_vs_khop": naive / cost, "khop": name, "vs_roofline": cost / least, "roofline": limit,
         "shuffle": took, "shuffle_vs_gather": took["seconds"] / seconds, "shuffled_bytes_per_item": sent,
-        "partial_rows_per_item": rows / items, "planned_bytes_per_item_2b": planned_bytes(2_000_000_000),
+        "partial_rows_per_item": rows / items, "planned_bytes_per_item_2b": planned_bytes(here, 2_000_000_000),
     }  # fmt: skip
 
 

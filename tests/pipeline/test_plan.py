@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pipeline import neighbourhoods
-from pipeline.contracts.config import Graph, Settings, Walks
+from pipeline.contracts.config import Graph, InferenceResources, Settings, Walks
 from pipeline.contracts.datasets import Lineage, Manifest
 from pipeline.contracts.errors import SettingsError
 from pipeline.exact_kernel import _MAX_USERS
@@ -195,7 +195,10 @@ def test_the_papers_graph_fits_the_memory_of_one_host_and_its_vectors_do_not() -
     plan = make_plan(PAPER, FLEET, task=Task().widened(PAPER, FLEET))
     assert plan.strategy == "replicate"
     assert 130 < plan.graph_bytes / GIB < 160
-    assert any(problem.startswith("inference: needs") and "memory" in problem for problem in plan.problems)
+    assert not any(problem.startswith("inference") for problem in plan.problems), "partial sums are sent instead"
+    gathered = replace(Task(), layers=InferenceResources(reducer="gather")).widened(PAPER, FLEET)
+    problems = make_plan(PAPER, FLEET, task=gathered).problems
+    assert any(problem.startswith("inference: needs") and "reducer: shuffle" in problem for problem in problems)
     assert not any(problem.startswith(("ingest", "graph")) for problem in plan.problems)
 
 
