@@ -52,8 +52,8 @@ class Output:
 
     dataset: Dataset | str
     destinations: int = 0
-    raw: bool = False
     describe: Callable[[list[Report]], dict[str, Any]] | None = None
+    raw: bool = False
 
     @property
     def name(self) -> str:
