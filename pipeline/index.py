@@ -1,351 +1,318 @@
 """Embeddings to a FAISS index that states its own recall.
 
-Reads embeddings, writes index: index.faiss, keys.parquet (row = FAISS id) and recall.json. The index is trained on a
-sample, filled shard by shard in the order of the ids, and its search is widened until it finds what exact search
-finds, as often as the settings ask. Scores are inner products. Built by the driver with resources.threads threads, so
-that the bytes are the same every time. Memory: the index, the training sample and one shard; disk: the embeddings,
-mapped from the host's cache. Time: training, then one pass over the embeddings for adding and one for exact search.
+Reads embeddings, writes index: index.faiss (and lists.ivfdata where it is too large for memory), trained.faiss, the
+keys both ways, and recall.json. A sample trains the quantizer in the driver; Spark tasks add the shards to copies of
+it, side by side; the parts are merged, and the search is widened until it finds what exact search finds as often as the
+settings ask. Scores are inner products. The bytes are the same every time: what the clock said lies in `index-log`.
+Time: one pass over a part of the embeddings for the sample, one over all of them for adding, checking and exact search.
+Memory and disk: see `ann/building.py`.
 """
 
 from __future__ import annotations
 
-import difflib
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import faiss
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from numpy.typing import NDArray
 from pyspark.sql import SparkSession
 
+from pipeline import report
+from pipeline.ann import building, parts, recall, training
+from pipeline.ann.building import TRAINED, Part, Queries, Source
+from pipeline.ann.choice import Choice, check_given, choose, make
+from pipeline.ann.devices import Floats, uses_gpu
+from pipeline.ann.reader import INDEX_FILE, KEYS_FILE, LISTS_FILE, LOOKUP_FILE, RECALL_FILE, Index, open_files
+from pipeline.ann.searching import compared
 from pipeline.contracts import datasets
 from pipeline.contracts.config import Settings
 from pipeline.contracts.datasets import Lineage, Manifest, Shard
 from pipeline.contracts.errors import DataError, SettingsError
-from pipeline.contracts.replica import map_vectors
-from pipeline.contracts.schemas import EMBEDDINGS, INDEX
+from pipeline.contracts.schemas import EMBEDDINGS, INDEX, INDEX_LOG, INDEX_PARTS
 from pipeline.contracts.storage import Storage
-from pipeline.spark import progress
+from pipeline.spark import progress, say
 
-INDEX_FILE, KEYS_FILE, RECALL_FILE = "index.faiss", "keys.parquet", "recall.json"
-FLAT_LIMIT = 20_000
-"""Up to here exact search costs well under a millisecond per query and core: nothing to approximate."""
-POINTS_PER_CENTROID = 39
-"""FAISS's own lower limit, below which k-means centroids are noise."""
-NEAR_KEYS = 10_000
-"""How many keys that begin alike are looked at to guess what a mistyped key meant."""
+__all__ = ["Index", "run"]
 
-Vectors = NDArray[np.floating]
-Block = tuple[int, NDArray[np.float32]]
+OVERFULL = 50
+"""A list so many times the mean makes its queries slow: worth a warning."""
+NOTE, REFUSED = "trained.json", "refused.txt"
+"""Where a trained quantizer comes from; why a former one does not do."""
+UNEVEN = 4.0
+"""So much more is compared than if all lists were equal: worth a warning."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained, empty index: its file, where it comes from, and how its lists took the sample it was trained on."""
+
+    index: faiss.Index
+    origin: dict[str, Any]
+    few: str | None
+
+
+@dataclass
+class Build:
+    """What all steps of one build share; seconds of each step go to the log."""
+
+    spark: SparkSession
+    source: Source
+    settings: Settings
+    choice: Choice
+    gpu: bool
+    width: int
+    seconds: dict[str, float]
+    speeds: list[dict[str, Any]]
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Count the block's seconds under a name."""
+        started = time.monotonic()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
 
 
 def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Lineage) -> None:
     """Build the index, tune it, measure it; an interrupted build goes on after the last finished file."""
     embeddings = datasets.open_manifest(storage, EMBEDDINGS)
-    datasets.begin(storage, INDEX)
-    vectors = map_vectors(storage, embeddings, "embedding", settings.resources.cache)
-    task = settings.task.index
-    factory = choose_factory(len(vectors), task.train_rows) if task.factory == "auto" else task.factory
-    with omp_threads(settings.resources.threads):
-        stored = datasets.finished_shard(storage, INDEX, INDEX_FILE, lineage)
-        if stored is None:
-            check_vectors(storage, embeddings, vectors)
-            index = train(vectors, factory, task.train_rows, settings.task.seed)
-            with progress("index: add", len(vectors)) as advance:
-                for _, block in _blocks(vectors, embeddings):
-                    index.add(block)
-                    advance(len(block))
-            stored = _store_index(storage, index, lineage, len(vectors))
-        else:
-            index = deserialize(storage.read_bytes(f"{INDEX.name}/{INDEX_FILE}"))
-        report = measure(
-            index, vectors, list(_bounds(embeddings)), task.k, task.num_queries, task.recall_target, settings.task.seed
-        )
-    report |= {"factory": factory, "bytes_per_vector": round(stored.bytes / len(vectors), 1)}
-    text = json.dumps(report, indent=1, sort_keys=True).encode()
-    keys = _store_keys(storage, embeddings, lineage)
-    recall = datasets.write_file(storage, INDEX.name, RECALL_FILE, text, lineage)
-    metadata = {name: report[name] for name in ("recall", "search")}
-    datasets.commit(storage, INDEX, [stored, keys, recall], lineage, metadata)
-
-
-# ------------------------------------------------------------------------------------------------ building
-
-
-def choose_factory(num_vectors: int, train_rows: int) -> str:
-    """Flat where exact search is cheap, else inverted lists: about 4 sqrt(N), each centroid seeing enough points."""
-    if num_vectors <= FLAT_LIMIT:
-        return "Flat"
-    nlist = min(round(4 * num_vectors**0.5), min(train_rows, num_vectors) // POINTS_PER_CENTROID)
-    return f"IVF{nlist},Flat" if nlist > 1 else "Flat"
-
-
-def train(vectors: Vectors, factory: str, train_rows: int, seed: int) -> faiss.Index:
-    """An empty, trained index. The sample is evenly spread over the rows, beginning at a place the seed decides.
-
-    Raises SettingsError if FAISS does not know the factory string, or cannot train it on so few vectors.
-    """
-    num_vectors, width = vectors.shape
-    try:
-        index = faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError as error:
-        raise SettingsError(
-            f"task.index.factory {factory}: FAISS does not build it for {width} dimensions ({_reason(error)}); use auto"
-        ) from None
-    size = min(train_rows, num_vectors)
-    inverted = faiss.try_extract_index_ivf(index)
-    if inverted is not None and inverted.nlist > size:
-        raise SettingsError(
-            f"task.index.factory {factory} has {inverted.nlist:,} lists, and there are {size:,} vectors to train "
-            "them on; use fewer lists, or auto"
-        )
-    if not index.is_trained:
-        offset = np.random.default_rng([seed, 1]).random()
-        rows = ((np.arange(size) + offset) * num_vectors / size).astype(np.int64).clip(max=num_vectors - 1)
-        if inverted is not None:
-            inverted.cp.min_points_per_centroid = 1
-            inverted.cp.seed = int(np.random.default_rng([seed, 2]).integers(2**31))
-        try:
-            index.train(np.ascontiguousarray(vectors[rows], dtype=np.float32))
-        except RuntimeError as error:
-            raise SettingsError(
-                f"task.index.factory {factory}: FAISS cannot train it on {size:,} vectors ({_reason(error)}); use auto"
-            ) from None
-    return index
-
-
-def check_vectors(storage: Storage, embeddings: Manifest, vectors: Vectors) -> None:
-    """Raise DataError, naming shard, row and key, for an embedding that is not finite or is all zeros."""
-    if len(vectors) == 0:
+    if embeddings.num_rows == 0:
         raise DataError(f"{storage.locate(EMBEDDINGS.name)} is empty: there is nothing to index; look at the items")
-    for number, (start, block) in enumerate(_blocks(vectors, embeddings)):
-        squares = np.einsum("nd,nd->n", block, block, dtype=np.float64)
-        bad = np.flatnonzero(~np.isfinite(squares) | (squares == 0))
-        if len(bad):
-            row = int(bad[0])
-            key = datasets.read_shard(storage, embeddings, number, ["key"]).column("key")[row].as_py()
-            what = "all zeros" if squares[row] == 0 else "not finite"
-            raise DataError(
-                f"embeddings shard {number} row {row} (item {key}): the embedding is {what}, as are {len(bad) - 1:,} "
-                "more of the shard, expected finite numbers that are not all 0; training has diverged: lower "
-                "task.training.learning_rate and run `pinsage train` again"
-            )
-        assert start == sum(shard.rows for shard in embeddings.shards[:number])
+    gpu = uses_gpu(settings.resources.index.device)
+    source = Source(storage, embeddings, lineage, settings.resources.threads)
+    width = _width(storage, embeddings)
+    choice = choose_index(settings, embeddings.num_rows, width, gpu)
+    datasets.begin(storage, INDEX)
+    build = Build(spark, source, settings, choice, gpu, width, {}, [])
+    with parts.omp_threads(settings.resources.index.threads or settings.resources.threads):
+        _build(build)
+    storage.delete(INDEX_PARTS)
 
 
-def _store_index(storage: Storage, index: faiss.Index, lineage: Lineage, rows: int) -> Shard:
+def choose_index(settings: Settings, num_vectors: int, width: int, gpu: bool) -> Choice:
+    """The factory string that the settings mean. Raises SettingsError before any work if it cannot be built or held."""
+    task = settings.task.index
+    if task.factory == "auto":
+        return choose(num_vectors, width, task.memory, task.recall_target, task.train_rows, gpu)
+    return check_given(task.factory, num_vectors, width, task.memory)
+
+
+def _build(build: Build) -> None:
+    task, source = build.settings.task.index, build.source
+    num_vectors = source.embeddings.num_rows
+    k = min(task.k, num_vectors - 1)
+    count = min(task.num_queries, num_vectors // 2)
+    empty = make(build.choice.factory, build.width)
+    lists = parts.inverted_lists(empty)
+    nlist = None if lists is None else int(lists.nlist)
+    on_disk = _merges_on_disk(build, empty)
+    size = training.sample_size(num_vectors, nlist, task.train_rows)
+    say(f"index: {build.choice.factory} ({build.choice.reason}), about {build.choice.bytes:,} bytes")
+    with build.timed("sample"):
+        rows = [shard.rows for shard in source.embeddings.shards]
+        drawn = training.draw(rows, size, 2 * count, build.settings.task.seed)
+        sample, queries, ids = building.take_sample(build.spark, source, drawn)
+    order = np.random.default_rng([build.settings.task.seed, 3]).permutation(len(ids))
+    queries, ids = np.ascontiguousarray(queries[order]), ids[order]
+    asked = Queries(queries, ids, recall.depth(k))
     with tempfile.TemporaryDirectory(prefix="pinsage-index-") as folder:
-        local = os.path.join(folder, INDEX_FILE)
-        faiss.write_index(index, local)
-        return datasets.put_large_file(storage, INDEX.name, INDEX_FILE, local, lineage, rows=rows)
+        while True:
+            trained = _trained(build, sample)
+            made, index, stored = _add_and_merge(build, trained, asked, on_disk, folder)
+            with build.timed("tune"):
+                found = _measure(build, index, asked, count, k, made)
+            if found["reached"] or "from" not in trained.origin:
+                break
+            _refuse_former(build, f"recall {found['recall']:.4f} with it is below the target {task.recall_target:g}")
+        _publish(build, trained, made, stored, found, folder)
 
 
-def _store_keys(storage: Storage, embeddings: Manifest, lineage: Lineage) -> Shard:
-    """Stream key and id of every shard into one Parquet file, a row group per shard."""
-    with tempfile.TemporaryDirectory(prefix="pinsage-index-") as folder:
-        local = Path(folder) / KEYS_FILE
-        schema = pa.schema([pa.field("key", pa.string()), pa.field("id", pa.uint32())])
-        with pq.ParquetWriter(local, schema, compression="zstd") as writer:
-            for number in range(len(embeddings.shards)):
-                writer.write_table(datasets.read_shard(storage, embeddings, number, ["key", "id"]).cast(schema))
-        return datasets.put_large_file(storage, INDEX.name, KEYS_FILE, local, lineage, rows=embeddings.num_rows)
+# ------------------------------------------------------------------------------------------------ steps
 
 
-def _bounds(embeddings: Manifest) -> Iterator[tuple[int, int]]:
-    start = 0
-    for shard in embeddings.shards:
-        yield start, start + shard.rows
-        start += shard.rows
+def _merges_on_disk(build: Build, empty: faiss.Index) -> bool:
+    limit = int(build.settings.resources.index.merge_memory)
+    if build.choice.bytes <= limit:
+        return False
+    if parts.can_lie_on_disk(empty):
+        return True
+    raise SettingsError(
+        f"{build.choice.factory} takes about {build.choice.bytes:,} bytes, more than resources.index.merge_memory "
+        f"({limit:,}), and FAISS cannot keep this kind on disk; raise it on a driver that has the memory, or set "
+        "task.index.memory, so that a smaller index is chosen"
+    )
 
 
-def _blocks(vectors: Vectors, embeddings: Manifest) -> Iterator[Block]:
-    """(first row, float32 vectors) of every shard, one at a time."""
-    for start, stop in _bounds(embeddings):
-        yield start, np.ascontiguousarray(vectors[start:stop], dtype=np.float32)
+def _trained(build: Build, sample: Floats) -> Trained:
+    """From an interrupted attempt, from an earlier night while it holds, or trained now."""
+    source = build.source
+    stored, noted = source.finished(TRAINED), source.finished(NOTE)
+    if stored is not None and noted is not None:
+        note = json.loads(source.storage.read_bytes(f"{INDEX_PARTS}/{NOTE}"))
+        return Trained(_deserialize(source.storage.read_bytes(f"{INDEX_PARTS}/{TRAINED}")), note["origin"], note["few"])
+    index, origin = _former(build, sample)
+    if index is None:
+        with build.timed("train"), progress("index: train", len(sample)) as advance:
+            index = training.train(sample, build.choice.factory, build.settings.task.seed, build.gpu)
+            advance(len(sample))
+        origin["condition"] = training.condition(index, sample, build.gpu)
+    few = training.few_points(index, len(sample)) if "from" not in origin else None
+    data = faiss.serialize_index(index).data
+    origin["sha256"] = hashlib.sha256(data).hexdigest()
+    source.keep(TRAINED, data)
+    source.keep(NOTE, json.dumps({"origin": origin, "few": few}).encode())
+    return Trained(index, origin, few)
 
 
-def _reason(error: Exception) -> str:
-    """What a FAISS exception says, without its C++ function and file."""
-    return str(error).strip().splitlines()[-1].rpartition("Error: ")[2].strip()
+def _former(build: Build, sample: Floats) -> tuple[faiss.Index | None, dict[str, Any]]:
+    """The trained index of the earlier night, if it may serve again, and where it is from; else None, and why not."""
+    url, source = build.settings.task.data.previous, build.source
+    if url is None or not build.settings.task.index.reuse:
+        return None, {}
+    if source.finished(REFUSED) is not None:
+        return None, {"retrained": source.storage.read_bytes(f"{INDEX_PARTS}/{REFUSED}").decode()}
+    earlier = Storage(url)
+    manifest = datasets.find_manifest(earlier, INDEX)
+    if manifest is None or not any(shard.name == TRAINED for shard in manifest.shards):
+        return None, {"retrained": "the earlier run has no trained index"}
+    factory, then = manifest.metadata["factory"], manifest.metadata["trained"]
+    if factory != build.choice.factory:
+        return None, {"retrained": f"the earlier index is {factory}"}
+    index = _deserialize(datasets.read_file(earlier, manifest, TRAINED))
+    if index.d != sample.shape[1]:
+        return None, {"retrained": f"the earlier index has {index.d} dimensions"}
+    why = training.still_holds(training.condition(index, sample, build.gpu), then["condition"])
+    if why is not None:
+        say(f"index: the quantizer of {url} is not used again: {why}")
+        return None, {"retrained": why}
+    say(f"index: the quantizer of {url} is used again")
+    return index, {"from": then.get("from", manifest.content), "condition": then["condition"]}
 
 
-@contextmanager
-def omp_threads(count: int) -> Iterator[None]:
-    """Let FAISS use this many threads: sums, and with them the bytes of an index, depend on it."""
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(count)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)
+def _refuse_former(build: Build, why: str) -> None:
+    """Note, also for a restart, that the former quantizer does not do; parts made with it no longer count."""
+    say(f"index: the former quantizer does not do: {why}; training anew")
+    build.source.keep(REFUSED, why.encode())
+    for name in (TRAINED, NOTE):
+        build.source.storage.delete(f"{INDEX_PARTS}/{name}")
 
 
-# ------------------------------------------------------------------------------------------------ recall
+def _add_and_merge(
+    build: Build, trained: Trained, asked: Queries, on_disk: bool, folder: str
+) -> tuple[list[Part], faiss.Index, list[Shard]]:
+    """The parts, the filled index, and its stored files."""
+    inputs = {**build.source.lineage.inputs, TRAINED: trained.origin["sha256"]}
+    source = replace(build.source, lineage=replace(build.source.lineage, inputs=inputs))
+    in_parts = parts.can_be_merged(trained.index)
+    with build.timed("add, search exactly"):
+        made = building.add_parts(build.spark, source, asked, build.gpu, in_parts)
+    names = [INDEX_FILE, LISTS_FILE] if on_disk else [INDEX_FILE]
+    stored = [datasets.finished_shard(source.storage, INDEX, name, source.lineage) for name in names]
+    local = [os.path.join(folder, name) for name in names]
+    if None in stored:
+        with build.timed("merge"), progress("index: merge", build.source.embeddings.num_rows):
+            if in_parts:
+                index = building.merge_parts(source, made, folder, local[1] if on_disk else None)
+            else:
+                index = building.build_here(source, trained.index)
+            faiss.write_index(index, local[0])
+            rows = (source.embeddings.num_rows, 0)
+            stored = [
+                datasets.put_large_file(source.storage, INDEX.name, name, file, source.lineage, count)
+                for name, file, count in zip(names, local, rows, strict=False)
+            ]
+    else:
+        index = open_files(source.storage, [shard for shard in stored if shard is not None], folder, verify=False)
+    return made, index, [shard for shard in stored if shard is not None]
 
 
-def measure(
-    index: faiss.Index,
-    vectors: Vectors,
-    bounds: Sequence[tuple[int, int]],
-    k: int,
-    num_queries: int,
-    target: float,
-    seed: int,
-) -> dict[str, Any]:
-    """Widen the index's search until its recall@k on tuning queries reaches target; report recall on other queries.
-
-    The queries are items, whose own entry is left out. A found item counts if it scores as high as the exact k-th, so
-    duplicates stand for each other. Tuning stops where even the lower end of recall's 95 % interval reaches the
-    target. Returns plain values: `search` holds the parameters, `curve` recall and compared vectors by width.
-    """
-    num_vectors = len(vectors)
-    k = min(k, num_vectors - 1)
-    count = min(num_queries, num_vectors // 2)
-    chosen = np.random.default_rng([seed, 3]).permutation(num_vectors)
-    tuning, reported = np.sort(chosen[:count]), np.sort(chosen[count : 2 * count])
-    report: dict[str, Any] = {"k": k, "target": target, "num_vectors": num_vectors, "search": {}, "curve": []}
-    report |= {"num_queries": count, "nlist": _nlist(index)}
+def _measure(build: Build, index: faiss.Index, asked: Queries, count: int, k: int, made: list[Part]) -> dict[str, Any]:
+    """Tune on the first half of the queries, measure on the second; plain values, the same for equal runs."""
+    target = build.settings.task.index.recall_target
+    sizes = parts.list_sizes(index)
+    found: dict[str, Any] = {
+        "k": k, "target": target, "num_vectors": int(index.ntotal), "num_queries": count,
+        "nlist": None if sizes is None else len(sizes),
+    }  # fmt: skip
+    if sizes is not None:
+        found["lists"] = {
+            "imbalance": training.spread(sizes), "empty": int((sizes == 0).sum()), "largest": int(sizes.max()),
+            "mean": float(sizes.mean()),
+        }  # fmt: skip
     if k < 1:
-        return report | {"recall": 1.0, "reached": True}
-    exact = exact_kth_scores(vectors, bounds, np.concatenate([tuning, reported]), k)
-    name, widths = _widths(index)
-    for width in widths:
-        set_search(index, {name: width} if name else {})
-        hits, compared = recall(index, vectors, tuning, exact[:count], k)
-        report["curve"].append({"width": width, "recall": float(hits.mean()), "compared": compared})
-        report["search"] = {name: width} if name else {}
-        if hits.mean() - 1.96 * hits.std() / len(hits) ** 0.5 >= target:
-            break
-    hits, _ = recall(index, vectors, reported, exact[count:], k)
-    return report | {"recall": float(hits.mean()), "reached": bool(hits.mean() >= target)}
+        return found | {"recall": 1.0, "reached": True, "search": {}, "curve": [], "tried": [], "compared": 0.0}
+    exact = building.true_neighbours(build.source, made)
+    tuning, fresh = slice(0, count), slice(count, None)
+    search, tried = recall.tune(index, asked.vectors[tuning], asked.ids[tuning], exact.rows(tuning), k, target)
+    vectors, ids = asked.vectors[fresh], asked.ids[fresh]
+    curve: list[dict[str, Any]] = []
+    for around in recall.wider(index, search):
+        share = float(recall.hits(index, vectors, ids, exact.rows(fresh), k, around).mean())
+        seen = compared(index, vectors, around, sizes)
+        curve.append({"search": around, "width": next(iter(around.values()), 0), "recall": share, "compared": seen})
+        speed = recall.queries_per_second(index, vectors, k, around)
+        build.speeds.append({"search": around, "recall": share, "queries_per_second": speed})
+    own = next(point for point in curve if point["search"] == search)
+    return found | {
+        "recall": own["recall"], "reached": bool(own["recall"] >= target), "search": search,
+        "compared": own["compared"], "curve": curve, "tried": tried,
+    }  # fmt: skip
 
 
-def exact_kth_scores(
-    vectors: Vectors, bounds: Sequence[tuple[int, int]], queries: NDArray[np.int64], k: int
-) -> NDArray[np.float32]:
-    """The k-th highest inner product of every query row with any other row, found by comparing all of them."""
-    best = np.full((len(queries), k), -np.inf, dtype=np.float32)
-    asked = np.ascontiguousarray(vectors[queries], dtype=np.float32)
-    with progress("index: exact search", len(vectors)) as advance:
-        for start, stop in bounds:
-            if start == stop:
-                continue
-            block = np.ascontiguousarray(vectors[start:stop], dtype=np.float32)
-            width = min(k + 1, len(block))
-            scores, rows = faiss.knn(asked, block, width, metric=faiss.METRIC_INNER_PRODUCT)
-            scores[rows + start == queries[:, None]] = -np.inf
-            joined = np.concatenate([best, scores], axis=1)
-            best = -np.partition(-joined, k - 1, axis=1)[:, :k]
-            advance(stop - start)
-    kth: NDArray[np.float32] = best.min(axis=1)
-    return kth
+def _publish(
+    build: Build, trained: Trained, made: list[Part], stored: list[Shard], found: dict[str, Any], folder: str
+) -> None:
+    """The keys, the report, the manifest; then what the clock said."""
+    source = build.source
+    found |= {
+        "factory": build.choice.factory, "reason": build.choice.reason, "trained": trained.origin,
+        "bytes_per_vector": round(sum(shard.bytes for shard in stored) / found["num_vectors"], 1),
+        "warnings": _warnings(trained, found),
+    }  # fmt: skip
+    for warning in found["warnings"]:
+        say(f"index: {warning}")
+    keys = building.write_key_tables(source, made, folder)
+    rows = source.embeddings.num_rows
+    stored += [
+        datasets.put_large_file(source.storage, INDEX.name, name, file, source.lineage, rows)
+        for name, file in zip((KEYS_FILE, LOOKUP_FILE), keys, strict=True)
+    ]
+    data = source.storage.read_bytes(f"{INDEX_PARTS}/{TRAINED}")
+    stored.append(datasets.write_file(source.storage, INDEX.name, TRAINED, data, source.lineage))
+    text = json.dumps(found, indent=1, sort_keys=True).encode()
+    stored.append(datasets.write_file(source.storage, INDEX.name, RECALL_FILE, text, source.lineage))
+    metadata = {name: found[name] for name in ("recall", "search", "factory", "trained")}
+    datasets.commit(source.storage, INDEX, stored, source.lineage, metadata)
+    clock = {"seconds": build.seconds, "speeds": build.speeds, "threads": faiss.omp_get_max_threads()}
+    source.storage.write_bytes(f"{INDEX_LOG}/clock.json", json.dumps(clock, indent=1).encode())
+    source.storage.write_bytes(f"{INDEX_LOG}/report.html", report.index_page(found, clock).encode())
 
 
-def recall(
-    index: faiss.Index, vectors: Vectors, queries: NDArray[np.int64], exact: NDArray[np.float32], k: int
-) -> tuple[NDArray[np.float64], float]:
-    """Each query's share of its true k nearest that the index finds, and how many vectors it compared on average."""
-    asked = np.ascontiguousarray(vectors[queries], dtype=np.float32)
-    statistics: Any = faiss.cvar.indexIVF_stats  # type: ignore[attr-defined]
-    statistics.reset()
-    _, found = index.search(asked, k + 1)
-    compared = statistics.ndis / len(queries) if _nlist(index) else float(index.ntotal)
-    others = (found >= 0) & (found != queries[:, None])
-    others &= np.cumsum(others, axis=1) <= k
-    scores = np.empty(found.shape, dtype=np.float32)
-    for column in range(found.shape[1]):
-        scores[:, column] = np.einsum("qd,qd->q", asked, vectors[found[:, column]].astype(np.float32))
-    slack = 1e-5 * np.maximum(np.abs(exact), 1e-30)
-    return (others & (scores >= (exact - slack)[:, None])).sum(axis=1) / k, compared
+def _warnings(trained: Trained, found: dict[str, Any]) -> list[str]:
+    """What is legal and still not as it should be."""
+    warnings = [trained.few] if trained.few else []
+    lists = found.get("lists")
+    if lists and lists["imbalance"] > UNEVEN:
+        warnings.append(f"the lists are uneven: {lists['imbalance']:.1f} times the comparisons of equal ones")
+    if lists and lists["largest"] > OVERFULL * lists["mean"]:
+        warnings.append(f"the largest list has {lists['largest']:,} vectors, {lists['mean']:,.0f} on average")
+    if lists and lists["empty"] > found["nlist"] / 10:
+        warnings.append(f"{lists['empty']:,} of {found['nlist']:,} lists are empty")
+    if not found["reached"]:
+        warnings.append(f"recall@{found['k']} is {found['recall']:.4f}, below the target {found['target']:g}")
+    return warnings
 
 
-def _nlist(index: faiss.Index) -> int | None:
-    inverted = faiss.try_extract_index_ivf(index)
-    return None if inverted is None else int(inverted.nlist)
+def _width(storage: Storage, embeddings: Manifest) -> int:
+    number = next(number for number, shard in enumerate(embeddings.shards) if shard.rows)
+    return int(datasets.read_shard(storage, embeddings, number, ["embedding"]).schema.field("embedding").type.list_size)
 
 
-def _widths(index: faiss.Index) -> tuple[str, list[int]]:
-    """The parameter that widens this kind of index's search, and the values to try, narrow first."""
-    nlist = _nlist(index)
-    if nlist is not None:
-        return "nprobe", [*(2**power for power in range(nlist.bit_length()) if 2**power < nlist), nlist]
-    if isinstance(faiss.downcast_index(index), faiss.IndexHNSW):
-        return "efSearch", [2**power for power in range(4, 13)]
-    return "", [0]
-
-
-def set_search(index: faiss.Index, parameters: dict[str, int]) -> None:
-    """Set FAISS's own search parameters: nprobe of inverted lists, efSearch of HNSW."""
-    for name, value in parameters.items():
-        faiss.ParameterSpace().set_index_parameter(index, name, value)
-
-
-# ------------------------------------------------------------------------------------------------ reading
-
-
-def deserialize(data: bytes) -> faiss.Index:
-    """An index from the bytes of its file."""
+def _deserialize(data: bytes) -> faiss.Index:
     return faiss.deserialize_index(np.frombuffer(data, dtype=np.uint8))
-
-
-@dataclass(frozen=True)
-class Index:
-    """A published index: keys and vectors in, keys and inner products out. Searching is thread-safe."""
-
-    storage: Storage
-    faiss_index: faiss.Index
-    keys: pa.ChunkedArray
-    embeddings: Manifest
-    recall: dict[str, Any]
-
-    @classmethod
-    def open(cls, storage: Storage) -> Index:
-        """Read the index of a run. Raises DataError if there is none, or if it is not of the run's embeddings."""
-        manifest = datasets.open_manifest(storage, INDEX)
-        embeddings = datasets.open_manifest(storage, EMBEDDINGS)
-        if manifest.lineage.inputs[EMBEDDINGS.name] != embeddings.content:
-            raise DataError(
-                f"{storage.locate(INDEX.name)} was built from other embeddings than those beside it; "
-                "run `pinsage index`"
-            )
-        index = deserialize(datasets.read_file(storage, manifest, INDEX_FILE))
-        report = json.loads(datasets.read_file(storage, manifest, RECALL_FILE))
-        set_search(index, report["search"])
-        keys = pq.read_table(pa.BufferReader(datasets.read_file(storage, manifest, KEYS_FILE))).column("key")
-        return cls(storage, index, keys, embeddings, report)
-
-    def search(self, vectors: Vectors, k: int) -> tuple[list[list[str]], list[list[float]]]:
-        """Keys and scores of the k best items for each of [n, d] vectors, best first; fewer if the index has fewer."""
-        if vectors.ndim != 2 or vectors.shape[1] != self.faiss_index.d:
-            raise DataError(f"vectors are {list(vectors.shape)}, expected [any number, {self.faiss_index.d}]")
-        scores, rows = self.faiss_index.search(np.ascontiguousarray(vectors, dtype=np.float32), min(k, len(self.keys)))
-        keys = [[self.keys[row].as_py() for row in found[found >= 0].tolist()] for found in rows]
-        return keys, [line[found >= 0].tolist() for line, found in zip(scores, rows, strict=True)]
-
-    def vector(self, item_key: str) -> NDArray[np.float32]:
-        """An item's embedding [d], as stored. Raises DataError with the nearest known keys if there is no such item."""
-        row = self.keys.index(item_key).as_py()
-        if row < 0:
-            alike = self.keys.filter(pc.starts_with(self.keys, item_key[:2]))[:NEAR_KEYS].to_pylist()
-            near = difflib.get_close_matches(item_key, alike, n=3, cutoff=0.6)
-            first = ", ".join(self.keys[:3].to_pylist())
-            hint = f"did you mean {' or '.join(near)}?" if near else f"the first are {first}"
-            raise DataError(f"no item has the key {item_key!r} among {len(self.keys):,}; {hint}")
-        column = datasets.read_rows(self.storage, self.embeddings, row, row + 1, ["embedding"]).column("embedding")
-        vector: NDArray[np.float32] = datasets.arrow_to_vectors(column)[0].astype(np.float32)
-        return vector
-
-    def neighbours(self, item_key: str, k: int, exclude_self: bool = True) -> tuple[list[str], list[float]]:
-        """Keys and scores of the k items nearest to one item, best first."""
-        keys, scores = self.search(self.vector(item_key)[None], k + 1 if exclude_self else k)
-        kept = [pair for pair in zip(keys[0], scores[0], strict=True) if not exclude_self or pair[0] != item_key][:k]
-        return [key for key, _ in kept], [score for _, score in kept]

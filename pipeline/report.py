@@ -91,7 +91,11 @@ def render(metrics: Metrics) -> str:
         "<h2>Where this comes from</h2>",
         _provenance(metrics),
     ]
-    title = escape(f"{metrics['name']}: evaluation")
+    return _page(f"{metrics['name']}: evaluation", parts)
+
+
+def _page(name: str, parts: Sequence[str]) -> str:
+    title = escape(name)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -225,22 +229,55 @@ def reached(histogram: Sequence[Sequence[int]]) -> list[Point]:
 
 
 def _index_card(index: Metrics) -> str:
-    search = ", ".join(f"{name} {value}" for name, value in index["search"].items()) or "exact search"
-    met = "met" if index["reached"] else "not met"
-    facts = {
-        "factory": index["factory"],
-        "search": search,
-        f"recall@{index['k']}": f"{index['recall']:.4f} on {index['num_queries']:,} fresh queries",
-        "target": f"{index['target']:g}, {met}",
-        "bytes per vector": index["bytes_per_vector"],
-    }
-    compared = index["curve"][-1]["compared"] / index["num_vectors"] if index["curve"] else 1.0
-    facts["vectors compared"] = f"{compared:.1%} per query"
     curve = [(float(place), float(point["recall"])) for place, point in enumerate(index["curve"])]
     name, labels = next(iter(index["search"]), ""), [str(point["width"]) for point in index["curve"]]
     drawing = line(curve, name, "recall", labels) if len(curve) > 1 else ""
-    note = f"<figcaption>recall@{index['k']} of the tuning queries, by {escape(name)}</figcaption>" if drawing else ""
-    return f'<div class="card"><b>Index</b>{_facts(facts)}<figure>{note}{drawing}</figure></div>'
+    note = f"<figcaption>recall@{index['k']} by {escape(name)}</figcaption>" if drawing else ""
+    warned = "".join(f"<p>{escape(warning)}</p>" for warning in index.get("warnings", ()))
+    return f'<div class="card"><b>Index</b>{_facts(_index_facts(index))}{warned}<figure>{note}{drawing}</figure></div>'
+
+
+def _index_facts(index: Metrics) -> dict[str, Any]:
+    search = ", ".join(f"{name} {value}" for name, value in index["search"].items()) or "exact search"
+    facts = {
+        "factory": index["factory"],
+        "chosen as": index.get("reason", ""),
+        "search": search,
+        f"recall@{index['k']}": f"{index['recall']:.4f} on {index['num_queries']:,} fresh queries",
+        "target": f"{index['target']:g}, {'met' if index['reached'] else 'not met'}",
+        "bytes per vector": index["bytes_per_vector"],
+        "vectors compared": f"{index.get('compared', index['num_vectors']) / index['num_vectors']:.1%} per query",
+    }
+    trained = index.get("trained", {})
+    if "from" in trained:
+        facts["quantizer"] = f"of the index {trained['from'][:10]}, used again"
+    elif "retrained" in trained:
+        facts["quantizer"] = f"trained anew: {trained['retrained']}"
+    if "lists" in index:
+        lists = index["lists"]
+        facts["lists"] = f"{index['nlist']:,}, {lists['empty']:,} empty, the largest {lists['largest']:,} vectors"
+        facts["imbalance"] = f"{lists['imbalance']:.2f} (1: all lists equal)"
+    return {name: value for name, value in facts.items() if value != ""}
+
+
+def index_page(index: Metrics, clock: Metrics) -> str:
+    """One HTML page of an index: its facts, recall by queries a second, and the seconds of its build."""
+    points = sorted((point["queries_per_second"], point["recall"]) for point in clock["speeds"])
+    drawing = line(points, f"queries a second, {clock['threads']} threads, one batch", "recall") if points else ""
+    rows = "".join(
+        f"<tr><th>{escape(', '.join(f'{n} {v}' for n, v in point['search'].items()) or 'exact search')}</th>"
+        f"<td>{point['recall']:.4f}</td><td>{point['queries_per_second']:,.0f}</td></tr>"
+        for point in clock["speeds"]
+    )
+    seconds = {name: f"{value:.1f} s" for name, value in clock["seconds"].items()}
+    seconds["all"] = f"{sum(clock['seconds'].values()):.1f} s"
+    parts = [
+        f'<div class="cards wide">{_index_card(index)}<div class="card"><b>Build</b>{_facts(seconds)}</div></div>',
+        f"<h2>Recall and speed</h2><figure>{drawing}</figure>" if drawing else "",
+        '<div class="scroll"><table><thead><tr><th>search</th><th>recall</th><th>queries a second</th></tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>",
+    ]
+    return _page("Index", parts)
 
 
 def _training_card(history: Sequence[Metrics] | None) -> str:

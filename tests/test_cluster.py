@@ -11,11 +11,14 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import faiss
 import pytest
 
 from infra.launch.local_cluster import SPARK_SUBMIT, standalone_cluster
 from infra.launch.package import build
 from pipeline.contracts import schemas
+from pipeline.contracts.storage import Storage
+from tests.embeddings import clustered, write_embeddings
 from tests.runs import ROOT, differences, environment, make_shop, pinsage
 
 
@@ -84,6 +87,37 @@ def _walk_by_shuffle_while_an_executor_dies(
     assert names == sorted(path.name for path in (tmp_path / "run" / "neighbours").glob("*.parquet"))
     for name in names:
         assert (run / "neighbours" / name).read_bytes() == (tmp_path / "run" / "neighbours" / name).read_bytes(), name
+
+
+@pytest.mark.cluster
+def test_an_index_of_two_executors_is_that_of_one_process_though_one_dies(tmp_path: Path) -> None:
+    """The stage by spark-submit, an executor killed while parts are made; the same as the trained index filled here."""
+    vectors = clustered(40_000, width=32)
+    write_embeddings(Storage(str(tmp_path / "run")), vectors, num_shards=40)
+    settings = make_shop(tmp_path)
+    command = [
+        "--py-files", str(build(tmp_path / "pinsage.zip")), "--executor-memory", "512m", "--driver-memory", "1g",
+        "--conf", "spark.driver.host=127.0.0.1", str(ROOT / "jobs" / "index.py"), "--settings", str(settings),
+        "--set", f"resources.run={tmp_path / 'run'}", "--set", "task.index.factory=IVF256,PQ16x4fs,Refine(SQfp16)",
+    ]  # fmt: skip
+    shipped = {**environment(), "PYSPARK_PYTHON": sys.executable, "PYTHONPATH": "", "PYTHONSAFEPATH": "1"}
+    log, parts = tmp_path / "index.log", tmp_path / "run" / "index-parts"
+    with standalone_cluster(tmp_path / "cluster") as master, open(log, "wb") as output:
+        process = subprocess.Popen(
+            [str(SPARK_SUBMIT), "--master", master, *command], env=shipped, cwd=tmp_path, stdout=output, stderr=output
+        )
+        killed = 0
+        while process.poll() is None:
+            if not killed and any(parts.glob("part-*.faiss")):
+                killed = _executor(tmp_path / "cluster")
+                os.kill(killed, signal.SIGKILL)
+            time.sleep(0.02)
+        assert process.returncode == 0, log.read_text()[-6000:]
+        assert killed, "the index was there before an executor could be killed"
+    published = tmp_path / "run" / "index"
+    alone = faiss.read_index(str(published / "trained.faiss"))
+    alone.add(vectors)
+    assert bytes(faiss.serialize_index(alone).data) == (published / "index.faiss").read_bytes()
 
 
 def _executor(cluster: Path) -> int:

@@ -35,7 +35,7 @@ def machine() -> dict[str, Any]:
     """What a figure is worthless without: when, on what, with which versions, and what else was running."""
     cpu = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     memory = [int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")]
-    packages = ("numpy", "numba", "dgl", "torch", "graph-walker")
+    packages = ("numpy", "numba", "dgl", "torch", "faiss-cpu", "graph-walker")
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes"),
         "cpu": cpu[0] if cpu else platform.processor(),

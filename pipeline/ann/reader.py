@@ -1,0 +1,235 @@
+"""A published index, opened from any URL: keys or vectors in, keys and inner products out. Needs no Spark.
+
+From a disk of this machine the index is mapped where it lies; from elsewhere its files are copied once to the cache, by
+content, and mapped there. An open index is never changed, so threads may share it. Memory: what searches touch; for a
+batch of queries given by key, the shards of embeddings that hold them, one at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+from filelock import FileLock
+from numpy.typing import NDArray
+
+from pipeline.ann.keys import KeyTable
+from pipeline.ann.searching import Search, parameters, widths
+from pipeline.contracts import datasets
+from pipeline.contracts.datasets import Manifest, Shard
+from pipeline.contracts.errors import DataError
+from pipeline.contracts.replica import default_cache
+from pipeline.contracts.schemas import EMBEDDINGS, INDEX, how_to_build
+from pipeline.contracts.storage import Storage
+
+INDEX_FILE, LISTS_FILE, KEYS_FILE, LOOKUP_FILE = "index.faiss", "lists.ivfdata", "keys.arrow", "lookup.arrow"
+RECALL_FILE = "recall.json"
+BATCH = 4096
+"""Queries that one call to FAISS gets: what it holds for them stays small."""
+_PIECE = 1 << 26
+
+Vectors = NDArray[np.floating]
+Found = tuple[list[list[str]], list[list[float]]]
+
+
+@dataclass(frozen=True)
+class Index:
+    """A published index. keys is the table of its items; recall its own report (see recall.json)."""
+
+    storage: Storage
+    faiss_index: faiss.Index
+    keys: KeyTable
+    embeddings: Manifest | None
+    recall: dict[str, Any]
+
+    @classmethod
+    def open(cls, run: str | Storage, cache: str | None = None, verify: bool = True) -> Index:
+        """Open the index of a run's folder; verify compares every file with its checksum first, which reads it once.
+
+        Raises DataError if there is none, if a file is not what was published, or if it is not of the embeddings that
+        lie beside it. Without embeddings beside it, only vectors can be searched for.
+        """
+        storage = run if isinstance(run, Storage) else Storage(run)
+        manifest = datasets.open_manifest(storage, INDEX)
+        embeddings = datasets.find_manifest(storage, EMBEDDINGS)
+        if embeddings is not None and manifest.lineage.inputs[EMBEDDINGS.name] != embeddings.content:
+            raise DataError(
+                f"{storage.locate(INDEX.name)} was built from other embeddings than those beside it; "
+                "run `pinsage index`"
+            )
+        report = json.loads(datasets.read_file(storage, manifest, RECALL_FILE))
+        names = (INDEX_FILE, LISTS_FILE, KEYS_FILE, LOOKUP_FILE)
+        files = [shard for shard in manifest.shards if shard.name in names]
+        folder = _local_folder(storage, manifest.content, files, cache, verify)
+        table = KeyTable(folder / KEYS_FILE, folder / LOOKUP_FILE)
+        return cls(storage, _open(folder), table, embeddings, report)
+
+    def search(
+        self,
+        queries: Vectors | Sequence[str],
+        k: int = 10,
+        allow: Sequence[str] | None = None,
+        deny: Sequence[str] | None = None,
+        exclude_self: bool = True,
+    ) -> Found:
+        """Keys and scores of the k best items of each query, best first; fewer where fewer are left.
+
+        queries are vectors [n, d] or keys of items, which are not among their own results unless exclude_self is
+        False. allow: only these items are found; deny: these are not; the search gets wider as they leave fewer. Raises
+        DataError for a key that no item has, with the nearest ones there are.
+        """
+        by_key = not isinstance(queries, np.ndarray)
+        if by_key and isinstance(queries, str):
+            raise DataError(f"queries is the text {queries!r}, expected a list of keys or vectors [n, d]")
+        own = self.keys.known_rows(queries) if by_key else np.full(len(queries), -1)  # type: ignore[arg-type]
+        vectors = self._vectors(own) if by_key else np.asarray(queries)
+        if vectors.ndim != 2 or vectors.shape[1] != self.faiss_index.d:
+            raise DataError(f"vectors are {list(vectors.shape)}, expected [any number, {self.faiss_index.d}]")
+        selector, left = self._selector(allow, deny)
+        search = self._widened(left)
+        chosen = parameters(self.faiss_index, search, selector)
+        more = k + 1 if by_key and exclude_self else k
+        keys: list[list[str]] = []
+        scores: list[list[float]] = []
+        for first in range(0, len(vectors), BATCH):
+            block = np.ascontiguousarray(vectors[first : first + BATCH], dtype=np.float32)
+            wanted = max(1, min(more, len(self.keys)))
+            found_scores, rows = self.faiss_index.search(block, wanted, params=chosen)
+            kept = rows >= 0
+            if exclude_self:
+                kept &= rows != own[first : first + BATCH, None]
+            kept &= np.cumsum(kept, axis=1) <= k
+            flat = self.keys.keys(rows[kept])
+            ends = np.cumsum(kept.sum(axis=1)).tolist()
+            keys += [flat[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+            scores += [line[good].tolist() for line, good in zip(found_scores, kept, strict=True)]
+        return keys, scores
+
+    def neighbours(self, item_key: str, k: int, exclude_self: bool = True) -> tuple[list[str], list[float]]:
+        """Keys and scores of the k items nearest to one item, best first."""
+        keys, scores = self.search([item_key], k, exclude_self=exclude_self)
+        return keys[0], scores[0]
+
+    def vector(self, item_key: str) -> NDArray[np.float32]:
+        """An item's embedding [d], as stored. Raises DataError with the nearest known keys if there is no such item."""
+        vector: NDArray[np.float32] = self._vectors(self.keys.known_rows([item_key]))[0]
+        return vector
+
+    def _vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Embeddings of rows [n, d], read from the shards that hold them."""
+        if self.embeddings is None:
+            raise DataError(
+                f"{self.storage.url} has no embeddings beside its index, so items have no vectors there; search with "
+                "vectors, or open the run that has both"
+            )
+        found = np.empty((len(rows), self.faiss_index.d), np.float32)
+        ends = np.cumsum([shard.rows for shard in self.embeddings.shards])
+        owners = np.searchsorted(ends, rows, side="right")
+        for shard in np.unique(owners):
+            column = datasets.read_shard(self.storage, self.embeddings, int(shard), ["embedding"]).column("embedding")
+            own = owners == shard
+            first = int(ends[shard]) - self.embeddings.shards[shard].rows
+            found[own] = datasets.arrow_to_vectors(column)[rows[own] - first]
+        return found
+
+    def _selector(self, allow: Sequence[str] | None, deny: Sequence[str] | None) -> tuple[Any, int]:
+        """A FAISS selector for the filter, None without one, and how many items it leaves."""
+        if allow is None and deny is None:
+            return None, len(self.keys)
+        denied = self.keys.known_rows(list(deny or ()))
+        if allow is None:
+            return _Selector(denied, inverted=True), len(self.keys) - len(np.unique(denied))
+        allowed = np.setdiff1d(self.keys.known_rows(list(allow)), denied)
+        return _Selector(allowed), len(allowed)
+
+    def _widened(self, left: int) -> Search:
+        """The tuned search, wider by as much as a filter leaves fewer items: else it would find too few."""
+        search: Search = dict(self.recall["search"])
+        name, values = widths(self.faiss_index)
+        if name and left < len(self.keys):
+            search[name] = min(values[-1], -(-search[name] * len(self.keys) // max(left, 1)))
+        return search
+
+
+def _Selector(rows: NDArray[np.int64], inverted: bool = False) -> Any:  # noqa: N802 (makes one of FAISS's classes)
+    batch = faiss.IDSelectorBatch(np.ascontiguousarray(rows, dtype=np.int64))
+    return faiss.IDSelectorNot(batch) if inverted else batch
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def open_files(storage: Storage, files: Sequence[Shard], folder: str, verify: bool) -> faiss.Index:
+    """The FAISS index of an index's files, mapped; those of another machine are copied to folder first."""
+    return _open(_fetch(storage, files, Path(folder), verify))
+
+
+def _open(folder: Path) -> faiss.Index:
+    """An index on a local disk, its lists and codes mapped as far as FAISS can for its kind."""
+    apart = (folder / LISTS_FILE).exists()  # FAISS maps lists of their own by itself, and then nothing else
+    flags = faiss.IO_FLAG_ONDISK_SAME_DIR if apart else faiss.IO_FLAG_MMAP_IFC
+    return faiss.read_index(str(folder / INDEX_FILE), flags)
+
+
+def _local_folder(storage: Storage, content: str, files: Sequence[Shard], cache: str | None, verify: bool) -> Path:
+    """Where the files lie on this machine: in place, or in the cache, under the content's name."""
+    if storage.is_local:
+        return _fetch(storage, files, Path(), verify)
+    owner = hashlib.sha256(storage.url.encode()).hexdigest()[:12]
+    home = (default_cache() if cache is None else Path(cache)) / owner / INDEX.name
+    home.mkdir(parents=True, exist_ok=True)
+    folder = home / f"{content[:24]}-files"
+    with FileLock(home / "files.lock"):
+        return _fetch(storage, files, folder, verify)
+
+
+def _fetch(storage: Storage, files: Sequence[Shard], folder: Path, verify: bool) -> Path:
+    if storage.is_local:
+        folder = Path(storage.locate(INDEX.name))
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+    for shard in files:
+        local = folder / shard.name
+        if not storage.is_local and not (local.exists() and local.stat().st_size == shard.bytes):
+            _download(storage, shard, local)
+        problem = _difference(local, shard, verify)
+        if problem:
+            if not storage.is_local:
+                local.unlink(missing_ok=True)
+            raise DataError(f"{local} {problem}; {how_to_build(INDEX.name, 'again')}")
+    return folder
+
+
+def _download(storage: Storage, shard: Shard, local: Path) -> None:
+    temporary = local.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        for start in range(0, shard.bytes, _PIECE):
+            file.write(storage.read_range(f"{INDEX.name}/{shard.name}", start, min(start + _PIECE, shard.bytes)))
+    os.replace(temporary, local)
+
+
+def _difference(local: Path, shard: Shard, verify: bool) -> str | None:
+    """What makes a file another than the manifest says; None if nothing does."""
+    if not local.exists():
+        return "is in the manifest but not there"
+    if local.stat().st_size != shard.bytes:
+        return f"has {local.stat().st_size:,} bytes, expected {shard.bytes:,}"
+    if verify and _sha256(local) != shard.sha256:
+        return "was changed after its manifest was written: it has another checksum"
+    return None
+
+
+def _sha256(local: Path) -> str:
+    digest = hashlib.sha256()
+    with open(local, "rb") as file:
+        read: Callable[[], bytes] = lambda: file.read(1 << 22)  # noqa: E731
+        for block in iter(read, b""):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,130 @@
+"""An index is opened from anywhere, filtered, shared by threads, and refuses what is not what was published."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from pyspark.sql import SparkSession
+
+from pipeline.contracts.errors import DataError
+from pipeline.contracts.storage import Storage
+from pipeline.index import Index
+from tests.embeddings import build, clustered, write_embeddings
+
+FACTORIES = ("Flat", "IVF32,Flat", "IVF32,PQ8x4fs,Refine(SQfp16)")
+
+
+@pytest.fixture(scope="module")
+def runs(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Runs of 2 000 clustered vectors, by factory."""
+    folders = {}
+    for factory in FACTORIES:
+        storage = Storage(str(tmp_path_factory.mktemp("runs") / "run"))
+        write_embeddings(storage, clustered(2000))
+        build(spark, storage, factory=factory)
+        folders[factory] = storage.url
+    return folders
+
+
+@pytest.fixture
+def memory(runs: dict[str, str]) -> Iterator[str]:
+    """The IVF run on a file system that cannot be mapped."""
+    filesystem = fsspec.filesystem("memory")
+    for path in Path(runs["IVF32,Flat"]).rglob("*"):
+        if path.is_file():
+            filesystem.pipe_file(f"/far/{path.relative_to(runs['IVF32,Flat'])}", path.read_bytes())
+    yield "memory://far"
+    filesystem.rm("/far", recursive=True)
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_filters_leave_exactly_what_they_say(runs: dict[str, str], factory: str) -> None:
+    opened = Index.open(runs[factory])
+    vectors = clustered(2000)
+    plain, _ = opened.search(["item-5", "item-6"], 10)
+    assert all(len(line) == 10 for line in plain)
+    assert "item-5" not in plain[0]
+    denied, _ = opened.search(["item-5", "item-6"], 10, deny=plain[0])
+    assert not set(denied[0]) & set(plain[0])
+    few = [f"item-{row}" for row in range(0, 2000, 500)]
+    allowed, scores = opened.search(vectors[5:6], 10, allow=few)
+    order = np.argsort(-(vectors[::500] @ vectors[5]))
+    assert allowed[0] == [few[place] for place in order]
+    np.testing.assert_allclose(scores[0], (vectors[::500] @ vectors[5])[order], atol=2e-3)
+    assert opened.search(vectors[5:6], 10, allow=few, deny=few[1:])[0] == [few[:1]]
+    assert opened.search(vectors[5:6], 10, allow=[])[0] == [[]]
+
+
+def test_threads_that_share_an_index_get_what_one_gets(runs: dict[str, str]) -> None:
+    opened, vectors = Index.open(runs["IVF32,Flat"]), clustered(2000)
+    blocks = np.array_split(vectors, 40)
+    expected = [opened.search(block, 5, deny=["item-1"]) for block in blocks]
+    with ThreadPoolExecutor(8) as pool:
+        jobs = [pool.submit(opened.search, block, 5, None, ["item-1"]) for block in blocks]
+        others = [pool.submit(opened.search, block, 7, ["item-3", "item-4"]) for block in blocks]
+        assert [job.result() for job in jobs] == expected
+        assert all(len(line) == 2 for job in others for line in job.result()[0])
+
+
+def test_queries_in_many_batches_come_back_in_order(runs: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, vectors = Index.open(runs["Flat"]), clustered(2000)
+    whole = opened.search(vectors[:50], 4)
+    monkeypatch.setattr("pipeline.ann.reader.BATCH", 7)
+    assert opened.search(vectors[:50], 4) == whole
+    assert opened.search(np.zeros((0, 16), np.float32), 4) == ([], [])
+
+
+def test_a_remote_index_is_copied_once_and_gives_the_same(runs: dict[str, str], memory: str, tmp_path: Path) -> None:
+    far = Index.open(memory, cache=str(tmp_path))
+    assert far.search(["item-8"], 10) == Index.open(runs["IVF32,Flat"]).search(["item-8"], 10)
+    copies = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.faiss")}
+    assert len(copies) == 1
+    Index.open(memory, cache=str(tmp_path))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.faiss")} == copies
+
+
+def test_a_changed_file_is_not_opened(memory: str, tmp_path: Path) -> None:
+    filesystem = fsspec.filesystem("memory")
+    data = bytearray(filesystem.cat_file("/far/index/index.faiss"))
+    data[-9] ^= 1
+    filesystem.pipe_file("/far/index/index.faiss", bytes(data))
+    with pytest.raises(DataError, match=r"index.faiss was changed after its manifest was written"):
+        Index.open(memory, cache=str(tmp_path))
+    filesystem.pipe_file("/far/index/index.faiss", bytes(data[:-1]))
+    with pytest.raises(DataError, match=r"index.faiss has .* bytes, expected"):
+        Index.open(memory, cache=str(tmp_path), verify=False)
+
+
+def test_an_index_without_embeddings_beside_it_takes_vectors_only(memory: str, tmp_path: Path) -> None:
+    fsspec.filesystem("memory").rm("/far/embeddings", recursive=True)
+    opened = Index.open(memory, cache=str(tmp_path))
+    assert opened.search(clustered(2000)[:3], 2)[0][1][0] == "item-1"
+    with pytest.raises(DataError, match="no embeddings beside its index"):
+        opened.search(["item-1"], 2)
+
+
+def test_an_unknown_key_is_an_error_that_names_near_ones(runs: dict[str, str]) -> None:
+    opened = Index.open(runs["Flat"])
+    with pytest.raises(DataError, match="no item has the key 'item-2x' among 2,000; did you mean item-2"):
+        opened.neighbours("item-2x", 3)
+    with pytest.raises(DataError, match="the first are item-0, item-1, item-2"):
+        opened.neighbours("?", 3)
+    with pytest.raises(DataError, match="no item has the key 'item-x'"):
+        opened.search(clustered(1), 3, deny=["item-1", "item-x"])
+    with pytest.raises(DataError, match=r"expected \[any number, 16\]"):
+        opened.search(np.ones((2, 3)), 5)
+    with pytest.raises(DataError, match="queries is the text 'item-1'"):
+        opened.search("item-1", 5)
+
+
+def test_an_index_of_older_embeddings_is_not_opened(spark: SparkSession, storage: Storage) -> None:
+    write_embeddings(storage, clustered(30))
+    build(spark, storage)
+    write_embeddings(storage, clustered(30, seed=2))
+    with pytest.raises(DataError, match="built from other embeddings"):
+        Index.open(storage)
