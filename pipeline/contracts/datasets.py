@@ -216,7 +216,7 @@ def shard_name(number: int) -> str:
 
 
 def encode_table(table: pa.Table) -> bytes:
-    """A table as Parquet bytes: zstd, one row group, the same bytes for the same rows.
+    """A table as Parquet bytes: zstd, one row group, the same bytes for the same rows. Vectors are as they are.
 
     Ids and times are stored as packed differences: of interactions a fifth smaller than Arrow's own choice, and written
     and read in less than half the time.
@@ -228,7 +228,7 @@ def encode_table(table: pa.Table) -> bytes:
     pq.write_table(
         table.replace_schema_metadata(None).combine_chunks(),
         sink,
-        compression="zstd",
+        compression={name: "none" if name in vectors else "zstd" for name in leaves},
         row_group_size=max(1, table.num_rows),
         store_schema=True,
         use_dictionary=[name for name in leaves if name not in packed and name not in vectors],

@@ -33,6 +33,7 @@ from pipeline.contracts.replica import map_rows
 from pipeline.contracts.rows import Table, describe_rows, read_own_rows
 from pipeline.contracts.sharding import count_shards, shard_bounds
 from pipeline.contracts.storage import Storage
+from pipeline.inference.halves import as_single
 from pipeline.inference.network import Array, Network, filled, in_blocks
 from pipeline.inference.reducers import key_of, read_lists, with_keys
 from pipeline.inference.sums import add_rows, exponent_of, quantum
@@ -215,7 +216,7 @@ class Incremental:
                 if is_last:
                     return (stored(network.head(following), dtype, ids[part]),)
                 kept = stored(following, dtype, ids[part])
-                return kept, stored(network.project(layer + 1, kept.astype(np.float32)), dtype, ids[part])
+                return kept, stored(network.project(layer + 1, as_single(kept)), dtype, ids[part])
 
             made = in_blocks(block, len(ids))
             if is_last:
@@ -265,13 +266,13 @@ class Incremental:
         def of(shard: int, ids: NDArray[np.int64]) -> Callable[[slice], Array]:
             if overlay is not None:
                 table = overlay()
-                return lambda part: filled(table.rows(ids[part])).astype(np.float32)
+                return lambda part: as_single(filled(table.rows(ids[part])))
             start, stop = bounds(shard)
             if not len(ids):
                 stop = start + 1
             rows = read_rows(storage, features, start, stop, ["features"]).column("features")
             content = arrow_to_vectors(rows)[ids - start]
-            return lambda part: network.standardise(filled(content[part]).astype(np.float32), filled(ids[part]))
+            return lambda part: network.standardise(as_single(filled(content[part])), filled(ids[part]))
 
         return of
 

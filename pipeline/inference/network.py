@@ -45,13 +45,15 @@ class Network(Protocol):
 
 def in_blocks(function: Callable[[slice], Any], count: int) -> Any:
     """What function makes of one block of rows after the other, each of BLOCK rows: one array or a tuple, joined."""
-    parts: list[tuple[Array, ...]] = []
+    made: list[Array] = []
+    result: Any = ()
     for start in range(0, max(count, 1), BLOCK):
         result = function(slice(start, start + BLOCK))
         results = result if isinstance(result, tuple) else (result,)
-        parts.append(tuple(part[: count - start] for part in results))
-    joined = tuple(np.concatenate(column) for column in zip(*parts, strict=True))
-    return joined if isinstance(result, tuple) else joined[0]
+        made = made or [np.empty((count, *part.shape[1:]), part.dtype) for part in results]
+        for whole, part in zip(made, results, strict=True):
+            whole[start : start + BLOCK] = part[: count - start]
+    return tuple(made) if isinstance(result, tuple) else made[0]
 
 
 def filled(rows: Array) -> Array:

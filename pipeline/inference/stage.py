@@ -30,6 +30,7 @@ from pipeline.contracts.datasets import (
 from pipeline.contracts.rows import describe_rows, read_own_rows
 from pipeline.contracts.storage import Storage
 from pipeline.inference.choice import make_reducer
+from pipeline.inference.halves import as_single
 from pipeline.inference.incremental import AGAIN, Incremental, TooDifferentError, find_earlier
 from pipeline.inference.network import Array, Network, filled, in_blocks
 from pipeline.inference.reducers import Gather, Reducer
@@ -135,7 +136,7 @@ class Layers:
                 if is_last:
                     return (keep(part, network.head(following)),)
                 kept = keep(part, following)
-                return kept, keep(part, network.project(layer + 1, kept.astype(np.float32)))
+                return kept, keep(part, network.project(layer + 1, as_single(kept)))
 
             made = in_blocks(block, count)
             if is_last:
@@ -168,11 +169,9 @@ class Layers:
         def read(shard: int) -> tuple[int, Callable[[slice], Array]]:
             if previous is not None:
                 rows = read_own_rows(storage, previous, shard)
-                return len(rows), lambda part: filled(rows[part]).astype(np.float32)
+                return len(rows), lambda part: as_single(filled(rows[part]))
             ids, features = reducer.ids(shard), reducer.features(shard)
-            return len(ids), lambda part: network.standardise(
-                filled(features[part]).astype(np.float32), filled(ids[part])
-            )
+            return len(ids), lambda part: network.standardise(as_single(filled(features[part])), filled(ids[part]))
 
         return read
 

@@ -14,10 +14,9 @@ from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import ir  # type: ignore[import-untyped]
-from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from pipeline.inference.halves import widened
 from pipeline.mixing import read_only
 from pipeline.walk_kernel import prefetch
 
@@ -62,21 +61,6 @@ def add_rows(
         _largest(read_only(stored), bounds, found, read_only(weights), np.float32(1 / unit), out)
 
 
-def _generate_widening(typing_context: Any, value: Any) -> Any:
-    """A float32, or the bits of a float16 as one: the processor's own conversion, many at once."""
-    signature = numba.types.float32(value)
-
-    def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
-        if value == numba.types.float32:
-            return arguments[0]
-        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
-
-    return signature, generate
-
-
-_widened: Any = intrinsic(_generate_widening)
-
-
 @numba.njit(nogil=True, cache=True)
 def _add(rows: Any, indptr: Any, places: Any, weights: Any, out: Any) -> None:
     """Two neighbours at a time: half the reads and writes of the sums."""
@@ -92,7 +76,7 @@ def _add(rows: Any, indptr: Any, places: Any, weights: Any, out: Any) -> None:
             a, b = rows[places[at]], rows[places[second]]
             wa, wb = weights[at], weights[second] if has_two else np.float32(0.0)
             for j in range(width):
-                sums[j] += np.int32(wa * _widened(a[j]) + half) + np.int32(wb * _widened(b[j]) + half)
+                sums[j] += np.int32(wa * widened(a[j]) + half) + np.int32(wb * widened(b[j]) + half)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -102,4 +86,4 @@ def _largest(rows: Any, indptr: Any, places: Any, weights: Any, scale: Any, out:
             if weights[at] > 0:
                 row = rows[places[at]]
                 for j in range(rows.shape[1]):
-                    out[i, j] = max(out[i, j], np.int32(scale * _widened(row[j]) + np.float32(0.5)))
+                    out[i, j] = max(out[i, j], np.int32(scale * widened(row[j]) + np.float32(0.5)))
