@@ -41,6 +41,8 @@ from pipeline.spark import progress, say
 
 __all__ = ["Index", "run"]
 
+OVERDRAWN = 5
+"""So many times the queries are drawn, to ask for items that have no copies where most have."""
 OVERFULL = 50
 """A list so many times the mean makes its queries slow: worth a warning."""
 NOTE, REFUSED = "trained.json", "refused.txt"
@@ -116,9 +118,11 @@ def _build(build: Build) -> None:
     say(f"index: {build.choice.factory} ({build.choice.reason}), about {build.choice.bytes:,} bytes")
     with build.timed("sample"):
         rows = [shard.rows for shard in source.embeddings.shards]
-        drawn = training.draw(rows, size, 2 * count, build.settings.task.seed)
+        drawn = training.draw(rows, size, OVERDRAWN * 2 * count, build.settings.task.seed)
         sample, queries, ids = building.take_sample(build.spark, source, drawn)
     order = np.random.default_rng([build.settings.task.seed, 3]).permutation(len(ids))
+    order = order[recall.singles_first(queries[order])][: 2 * count]
+    order = np.concatenate([order[::2], order[1::2]])  # as many of each kind to tune on as to measure on
     queries, ids = np.ascontiguousarray(queries[order]), ids[order]
     asked = Queries(queries, ids, recall.depth(k))
     with tempfile.TemporaryDirectory(prefix="pinsage-index-") as folder:
@@ -248,7 +252,12 @@ def _measure(build: Build, index: faiss.Index, asked: Queries, count: int, k: in
     if k < 1:
         return found | {"recall": 1.0, "reached": True, "search": {}, "curve": [], "tried": [], "compared": 0.0}
     exact = building.true_neighbours(build.source, made)
-    tuning, fresh = slice(0, count), slice(count, None)
+    halves = np.arange(len(asked.ids)) < count
+    used = recall.telling(asked.vectors, exact, k)
+    tuning, fresh = np.flatnonzero(used & halves), np.flatnonzero(used & ~halves)
+    if not (len(tuning) and len(fresh)):
+        tuning, fresh = np.flatnonzero(halves), np.flatnonzero(~halves)
+    found |= {"num_queries": len(fresh), "copies": int((~used).sum())}
     search, tried = recall.tune(index, asked.vectors[tuning], asked.ids[tuning], exact.rows(tuning), k, target)
     vectors, ids = asked.vectors[fresh], asked.ids[fresh]
     curve: list[dict[str, Any]] = []

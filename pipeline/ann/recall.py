@@ -24,6 +24,8 @@ MORE = 22
 """Neighbours kept beyond the k-th: more ties than that are recognised by the index giving them the same score."""
 RERANK_COST = 60
 """Re-ranking one candidate, a read at a random place, costs as much as comparing so many codes in a row."""
+FEWEST = 30
+"""Queries that an interval can be made of."""
 LIST_COST = 20
 """Opening a list costs as much as comparing so many codes."""
 _SLACK = 1e-5
@@ -36,9 +38,27 @@ class Exact:
     ids: NDArray[np.int64]
     scores: NDArray[np.float32]
 
-    def rows(self, chosen: slice) -> Exact:
+    def rows(self, chosen: NDArray[np.int64]) -> Exact:
         """The neighbours of some of the queries."""
         return Exact(self.ids[chosen], self.scores[chosen])
+
+
+def singles_first(queries: Floats) -> NDArray[np.int64]:
+    """An order of queries [Q] drawn at random: first those that no other drawn one is a copy of; else as given."""
+    _, place, times = np.unique(queries, axis=0, return_inverse=True, return_counts=True)
+    return np.argsort(times[place.reshape(-1)] > 1, kind="stable")
+
+
+def telling(queries: Floats, exact: Exact, k: int) -> NDArray[np.bool_]:
+    """Which queries [Q] say something of an index: not those whose k nearest are all copies of themselves.
+
+    Copies lie in one list, so any search finds them; where most items are copies, they would hide how the others fare.
+    If fewer than FEWEST others are left, all count.
+    """
+    own = np.einsum("qd,qd->q", queries, queries)
+    alike = np.abs(exact.scores[:, :k] - own[:, None]) <= _SLACK * np.maximum(own, 1e-30)[:, None]
+    others = ~alike.all(axis=1)
+    return others if others.sum() >= FEWEST else np.ones(len(queries), bool)
 
 
 def depth(k: int) -> int:

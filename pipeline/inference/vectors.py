@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.contracts.errors import DataError
-from pipeline.inference.halves import as_half
+from pipeline.inference.halves import as_half, as_single
 from pipeline.inference.network import Array
 from pipeline.steps import Report
 
@@ -16,7 +16,10 @@ from pipeline.steps import Report
 def as_stored(vectors: Array, dtype: str, name: Callable[[int], str]) -> Array:
     """The vectors in a type. DataError, with the first item's name by row, for what is no number or fits no float16."""
     stored: Array
-    stored, is_finite = as_half(vectors) if dtype == "float16" else (vectors, bool(np.isfinite(vectors).all()))
+    if dtype == "float16":
+        stored, is_finite = as_half(as_single(vectors))
+    else:
+        stored, is_finite = as_single(vectors), bool(np.isfinite(vectors).all())
     if is_finite:
         return stored
     row = int((~np.isfinite(stored).all(axis=1)).argmax())

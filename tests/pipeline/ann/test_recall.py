@@ -26,6 +26,16 @@ def test_exact_neighbours_equal_a_full_sort_in_any_parts() -> None:
         np.testing.assert_allclose(found.scores, -np.sort(-scores[queries], axis=1)[:, :20], rtol=1e-5)
 
 
+def test_queries_without_a_copy_come_first_and_only_they_tell() -> None:
+    vectors = np.array([[1, 0], [0, 1], [1, 0], [2, 1]], np.float32)
+    assert recall.singles_first(vectors).tolist() == [1, 3, 0, 2]
+    many = np.vstack([uniform(40, 5), np.repeat(uniform(1, 5, seed=9), 20, axis=0)])
+    queries = np.arange(60)
+    tells = recall.telling(many, exact_of(many, queries), 10)
+    assert tells[:40].all()
+    assert tells[40:].sum() == 0 or np.abs(many[:40] @ many[40]).max() > many[40] @ many[40]
+
+
 def test_fewer_than_wanted_are_padded() -> None:
     vectors = uniform(4, 5)
     found = exact_of(vectors, np.array([2]))
