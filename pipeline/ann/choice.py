@@ -2,8 +2,9 @@
 
 The first row of PROFILES that is meant for so many vectors, fits the memory and can reach the target is taken. They
 stand in the order of speed at equal recall; bytes are those of one vector, to which the lists' centroids come. What
-`ceiling` says was measured on 1 million clustered unit vectors of 128 dimensions with every list searched: whatever
-nprobe, an index finds no more. OPQ is not among them: its training took nine tenths of a build and bought nothing.
+`ceiling` says is for clustered unit vectors of 128 dimensions with every list searched: whatever nprobe, an index finds
+no more. Those of Flat and IVF hold for all, that of SQ8 was measured; those of SQ6 and SQ4 are estimates. OPQ is not
+among them: its training took nine tenths of a build and bought nothing.
 """
 
 from __future__ import annotations
