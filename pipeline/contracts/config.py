@@ -374,8 +374,8 @@ class Training(Section):
     end of an epoch that do not fill a batch are left out of it."""
     consecutive_pairs: PositiveInt = 1
     """So many pairs that are stored one after the other, mostly of one user, are shuffled as one. 1: every pair on its
-    own. More: what a user touches lies close together in the graph, so a batch meets fewer different items, half as many
-    with 16 in a catalogue of two million; on the demo's validation events that cost 0.003 of 0.265 MRR."""
+    own. More: what a user touches lies close together in the graph, so a batch meets fewer different items: half as
+    many with 16 in a catalogue of two million. On the demo's validation events that cost 0.003 of 0.265 MRR."""
     optimizer: Literal["sgd", "adam"] = "adam"
     """Paper-exact: sgd."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 1e-3
