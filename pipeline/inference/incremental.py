@@ -55,8 +55,6 @@ class Earlier:
     features: Manifest
     neighbours: Manifest
     embeddings: Manifest
-    hidden: tuple[Manifest, ...]
-    projected: tuple[Manifest, ...]
 
     @property
     def num_items(self) -> int:
@@ -75,9 +73,7 @@ def find_earlier(
         features, neighbours, embeddings, model = (
             find_manifest(earlier, d) for d in (schemas.FEATURES, schemas.NEIGHBOURS, schemas.EMBEDDINGS, schemas.MODEL)
         )
-        names = [f"projected-{layer + 1}" for layer in range(network.num_layers)]
-        names += [f"hidden-{layer}" for layer in range(1, network.num_layers)]
-        kept = {name: find_manifest(earlier, f"{_LAYERS}/{name}") for name in names}
+        kept = {name: find_manifest(earlier, f"{_LAYERS}/{name}") for name in layer_names(network.num_layers)}
     except PipelineError as error:
         return None, str(error)
     if features is None or neighbours is None or embeddings is None or model is None:
@@ -95,11 +91,12 @@ def find_earlier(
             return None, f"the {dataset.name} of {url} are no longer those that it embedded"
     if embeddings.num_rows > open_manifest(storage, schemas.ITEMS).num_rows:
         return None, "items were numbered anew"
-    layers = [manifest for manifest in kept.values() if manifest is not None]
-    return Earlier(
-        earlier, features, neighbours, embeddings, tuple(layers[network.num_layers :]),
-        tuple(layers[: network.num_layers]),
-    ), ""  # fmt: skip
+    return Earlier(earlier, features, neighbours, embeddings), ""
+
+
+def layer_names(num_layers: int) -> list[str]:
+    """The datasets of a run that a later one goes on from."""
+    return [f"projected-{n + 1}" for n in range(num_layers)] + [f"hidden-{n}" for n in range(1, num_layers)]
 
 
 class TooDifferentError(Exception):
@@ -335,8 +332,8 @@ class Incremental:
 
     def keep(self) -> None:
         """Write tonight's layers whole, for the next run to go on from."""
-        num_layers, bounds = self._network.num_layers, self._bounds
-        for name in [f"projected-{n + 1}" for n in range(num_layers)] + [f"hidden-{n}" for n in range(1, num_layers)]:
+        bounds = self._bounds
+        for name in layer_names(self._network.num_layers):
             overlay, old, dtype = self._overlay(name), self._old(name), self._layer_dtype
             told = {**describe_rows(dtype, old.metadata["width"]), "exponent": old.metadata["exponent"]}
 
