@@ -5,8 +5,8 @@ that have it as neighbour; reduce sums that over every item's neighbours, combin
 and already projects it for the next layer, or makes the embedding. So each item is computed once per layer, however
 many neighbourhoods it is in, and every layer passes storage once. How the projections reach the items is the reducer's
 business: `gather` maps a whole layer on every host, `shuffle` sends partial sums (`reducers.py`, `shuffle.py`). Sums
-are exact (`sums.py`) and products are made in blocks of one size, so all ways give the same bytes. What a killed run has
-finished, shard by shard, is not made again. Memory per task: one shard of vectors, neighbours and sums.
+are exact (`sums.py`) and products are made in blocks of one size, so all ways give the same bytes. What a killed run
+has finished, shard by shard, is not made again. Memory per task: one shard of vectors, neighbours and sums.
 
 The network comes in as plain array functions (`model.export`), so that nothing here imports torch.
 """
