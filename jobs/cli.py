@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from jobs.embed import PANEL as EMBED_PANEL
+from jobs.embed import embed_command
 from jobs.plan import PANEL, plan_command
 from jobs.stage import ForceOption, OverrideOption, SettingsOption, exit_codes, lineage_of, run_stages, stage_command
 from pipeline import report
@@ -44,6 +46,7 @@ def main() -> None:
 
 for _stage in schemas.STAGES:
     app.command(_stage.name, rich_help_panel="Stages, in order")(stage_command(_stage))
+app.command("embed", rich_help_panel=EMBED_PANEL)(embed_command)
 app.command("plan", rich_help_panel=PANEL)(plan_command)
 
 

@@ -66,7 +66,7 @@ def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Line
             table = read_shard(storage, content, number)
             degrees = read_rows(storage, items, task["start"], task["stop"], ["degree"]).column("degree")
             encoders = load_encoders(storage)
-            vectors = _narrow(encoders.encode(table.append_column("degree", degrees)), dtype, encoders)
+            vectors = narrow(encoders.encode(table.append_column("degree", degrees)), dtype, encoders)
             columns = {"id": table.column("id"), "features": vectors_to_arrow(vectors)}
             shard = write_shard(storage, FEATURES, number, pa.table(columns), lineage)
         else:
@@ -117,7 +117,7 @@ def _sample(storage: Storage, content: Manifest, fit_rows: int, seed: int) -> It
             yield read_shard(storage, content, number).drop_columns(["id"]).take(pa.array(chosen))
 
 
-def _narrow(vectors: NDArray[np.float32], dtype: np.dtype[Any], encoders: Encoders) -> NDArray[np.floating]:
+def narrow(vectors: NDArray[np.float32], dtype: np.dtype[Any], encoders: Encoders) -> NDArray[np.floating]:
     """To the stored precision; DataError naming the column that does not fit it."""
     with np.errstate(over="ignore"):
         stored: NDArray[np.floating] = vectors.astype(dtype, copy=False)

@@ -23,7 +23,7 @@ from pyspark.sql import SparkSession
 
 from pipeline.clusters import Homes, lay_out
 from pipeline.contracts import schemas
-from pipeline.contracts.config import Resources, Settings
+from pipeline.contracts.config import Resources, Settings, Walks
 from pipeline.contracts.datasets import (
     Lineage,
     Manifest,
@@ -169,7 +169,7 @@ class Neighbourhoods:
 
     def nearest(self, top: int) -> Callable[[int], Callable[[NDArray[np.int64]], Found]]:
         """Of a shard: a function of some of its items that finds their top neighbours, composed as the settings say."""
-        walks, restart = self._walks, self._walks.restart_probability
+        walks = self._walks
         if walks.compose == "none":
             first = self.first_hop()
             return lambda shard: partial(_swapped, first(shard), top)
@@ -188,15 +188,7 @@ class Neighbourhoods:
                 graph = BipartiteGraph.open(storage, cache)
 
                 def find(items: NDArray[np.int64]) -> Found:
-                    found = rounded(exact_neighbours(graph, items, top, budget))
-                    short = short_rows(found)
-                    own = taken(found, short)
-                    others = np.unique(own[0][:, : walks.compose_rows]).astype(np.int64)
-                    rows = as_rows(others, exact_neighbours(graph, others, top, budget))
-                    return replaced(found, short, compose(
-                        rows, items[short], walks.compose_rows, top, restart, top, item_indptr=graph.item_indptr,
-                        own=own,
-                    ))  # fmt: skip
+                    return composed_here(graph, items, exact_neighbours(graph, items, top, budget), walks)
 
                 return find
 
@@ -369,6 +361,24 @@ def _consecutive(num_items: int, num_shards: int, shard: int) -> NDArray[np.int6
 def short_rows(found: Found) -> NDArray[np.int64]:
     """The places of rows that have some neighbours, but fewer than there is room for."""
     return np.flatnonzero((found[2] > 0) & (found[2] < found[0].shape[1]))
+
+
+def composed_here(graph: BipartiteGraph, items: NDArray[np.int64], found: Found, walks: Walks) -> Found:
+    """First hops of items, found on the whole graph, with a second hop where walks.compose wants one."""
+    top, budget = found[0].shape[1], walks.entry_budget
+    if walks.compose == "none":
+        return found
+    found = rounded(found)
+    places = short_rows(found) if walks.compose == "short" else np.arange(len(found[2]))
+    own = taken(found, places)
+    others = np.unique(own[0][:, : walks.compose_rows]).astype(np.int64)
+    rows = as_rows(others, exact_neighbours(graph, others, top, budget))
+    ranks = graph.item_ranks if len(graph.item_ranks) else None
+    added = compose(
+        rows, items[places], walks.compose_rows, top, walks.restart_probability, top, item_ranks=ranks,
+        item_indptr=graph.item_indptr, own=own,
+    )  # fmt: skip
+    return replaced(found, places, added)
 
 
 def taken(found: Found, places: NDArray[np.int64]) -> Found:

@@ -79,6 +79,16 @@ def plan_items(source: ItemsSource, rows_per_task: int) -> list[dict[str, Any]]:
     return [{**task, "widths": widths} for task in _plan(files, rows_per_task)]
 
 
+def plan_files(files: Sequence[InputFile]) -> list[dict[str, Any]]:
+    """One task, as read_piece takes it, for each file."""
+    return _plan(files, FILE_STRIDE)
+
+
+def as_keys(column: pa.ChunkedArray, where: str) -> pa.Array:
+    """A column of keys as text, null where there is none; where is its place, for messages."""
+    return _as_keys(column, where, INTERACTIONS)
+
+
 def file_of(position: int) -> int:
     """The number of the file, in the order of the plan, that a position lies in."""
     return position // FILE_STRIDE
@@ -205,16 +215,26 @@ def read_items(task: dict[str, Any], source: ItemsSource, integers: bool = False
     categories stripped and never empty. bad is as schemas.QUARANTINE. Duplicate keys are for ingest to find, which sees
     all tasks.
     """
+    return clean_items(read_piece(task, item_columns(source)), task, source, integers)
+
+
+def item_columns(source: ItemsSource) -> list[str]:
+    """The columns of the user's items that are read."""
+    return [source.key, *([source.title] if source.title else []), *(column.name for column in source.columns)]
+
+
+def clean_items(
+    piece: Piece, task: dict[str, Any], source: ItemsSource, integers: bool = False
+) -> tuple[pa.Table, pa.Table]:
+    """What read_items makes of rows that were read already; of task the url, for messages, and the vectors' widths."""
     url = task["url"]
-    names = [source.key, *([source.title] if source.title else []), *(column.name for column in source.columns)]
-    piece = read_piece(task, names)
     bad = _BadRows(piece.table.num_rows)
     keys = _as_keys(piece.table[source.key], f"{url}: column {source.key}", f"{ITEMS}.key", integers)
     bad.add(_mask(pc.is_null(keys)), f"item key is null or empty ({source.key})")
     good = {
         "item_key": keys,
         "title": pa.nulls(piece.table.num_rows, pa.string()),
-        "position": pa.array(piece.rows - task["first_row"] + task["position"]),
+        "position": pa.array(piece.rows - task.get("first_row", 0) + task.get("position", 0)),
     }
     if source.title:
         good["title"] = _as_text(piece.table[source.title], f"{url}: column {source.title}", f"{ITEMS}.title")

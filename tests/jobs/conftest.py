@@ -94,3 +94,16 @@ def graph_made(tmp_path_factory: pytest.TempPathFactory, spark: SparkSession) ->
 def shop(tmp_path: Path, graph_made: Shop) -> Shop:
     """As graph_made; a copy, to do to it what one likes."""
     return graph_made.copy(tmp_path / "shop")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, graph_made: Shop) -> Shop:
+    """A shop on which all ran: ingest, graph and features alone, the rest by `run`; to be copied, not changed."""
+    shop = graph_made.copy(tmp_path_factory.mktemp("finished") / "shop")
+    outcome = shop.pinsage("features")
+    assert "features: done in" in outcome.text, outcome.text
+    outcome = shop.pinsage("run")
+    assert outcome.exit_code == 0, outcome.text
+    assert "ingest: up to date\ngraph: up to date\nfeatures: up to date\nwalks: pers" in outcome.text
+    assert "report: " in outcome.text
+    return shop

@@ -35,19 +35,6 @@ def states(shop: Shop) -> dict[str, str]:
     return dict(re.findall(r"(\w+) (ready|changed|building|missing) ", plain(outcome.text)))
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, graph_made: Shop) -> Shop:
-    """A shop on which all ran: ingest, graph and features alone, the rest by `run`."""
-    shop = graph_made.copy(tmp_path_factory.mktemp("cli") / "shop")
-    outcome = shop.pinsage("features")
-    assert "features: done in" in outcome.text, outcome.text
-    outcome = shop.pinsage("run")
-    assert outcome.exit_code == 0, outcome.text
-    assert "ingest: up to date\ngraph: up to date\nfeatures: up to date\nwalks: pers" in outcome.text
-    assert "report: " in outcome.text
-    return shop
-
-
 # ------------------------------------------------------------------------------------------------ help
 
 
@@ -70,7 +57,7 @@ def test_the_help_of_a_stage_says_what_it_reads_and_writes(stage: schemas.Stage)
     assert "--force" in text
 
 
-@pytest.mark.parametrize("command", ["run", "status", "query", "init", "settings", "demo"])
+@pytest.mark.parametrize("command", ["run", "status", "query", "embed", "plan", "init", "settings", "demo"])
 def test_every_other_command_has_a_help(command: str) -> None:
     assert f"Usage: root {command}" in printed(command, "--help")
 

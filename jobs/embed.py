@@ -1,0 +1,174 @@
+"""`pinsage embed`, and what serves it: embeddings of items that are not in the catalogue yet, in milliseconds.
+
+    from jobs.embed import Embedder
+    embedder = Embedder.open("pinsage.yaml")                       # once; threads may share it
+    keys, vectors = embedder.embed([{"sku": "new-1", "title": "red mug"}], {"new-1": ["user-17", "user-4"]})
+
+Vectors lie in the space of the run's embeddings and may be looked up in its index. No Spark, and no GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import typer
+from numpy.typing import NDArray
+from rich.console import Console
+
+from jobs.inference import load_network
+from jobs.stage import OverrideOption, SettingsOption, exit_codes
+from pipeline import sources
+from pipeline.contracts import schemas
+from pipeline.contracts.config import ItemsSource, Settings, load_settings
+from pipeline.contracts.datasets import open_manifest, vectors_to_arrow
+from pipeline.contracts.errors import DataError, SettingsError
+from pipeline.contracts.storage import Storage
+from pipeline.inference.newcomers import Newcomers, content_of
+from pipeline.input_files import Piece, check_columns, find_files, read_piece
+
+_WHOLE_FILE = 1 << 62
+PANEL = "Looking at a run"
+
+
+class Embedder:
+    """A run's model, encoders and graph, opened once."""
+
+    def __init__(self, settings: Settings) -> None:
+        storage = Storage(settings.resources.run)
+        self._settings, self._source = settings, settings.task.data.items
+        network = load_network(storage, open_manifest(storage, schemas.MODEL), settings)
+        self._newcomers = Newcomers(storage, settings, network)
+
+    @classmethod
+    def open(cls, settings: str | Settings) -> Embedder:
+        """By a settings file, any fsspec URL. Raises DataError if the run has no embeddings yet."""
+        return cls(settings if isinstance(settings, Settings) else load_settings(settings))
+
+    def embed(
+        self, items: Sequence[Mapping[str, Any]] | pa.Table, users: Mapping[str, Iterable[str]] | None = None
+    ) -> tuple[list[str], NDArray[np.float32]]:
+        """Keys, and embeddings [n, d], of items as the user's own item files have them, one record or row each.
+
+        A field that a record lacks counts as missing. users: for every item's key the keys of the users who touched it;
+        of those, users that the graph does not know say nothing. Raises DataError naming the first item that cannot be
+        read, and why.
+        """
+        return self._embed(self._clean(items, "items"), users)
+
+    def embed_file(
+        self, items: str, users: Mapping[str, Iterable[str]] | None = None
+    ) -> tuple[list[str], NDArray[np.float32]]:
+        """As embed, for a file that is like those of task.data.items."""
+        source = self._with_content()
+        tasks = sources.plan_items(source.model_copy(update={"paths": (items,)}), _WHOLE_FILE)
+        pieces = [self._cleaned(read_piece(task, sources.item_columns(source)), task["url"]) for task in tasks]
+        return self._embed(pa.concat_tables(pieces), users)
+
+    def users_of(self, interactions: str) -> dict[str, list[str]]:
+        """Who touched which item, of a file like those of task.data.interactions; only user and item are read."""
+        source = self._settings.task.data.interactions
+        found: dict[str, list[str]] = defaultdict(list)
+        names = [source.user, source.item]
+        files = find_files([interactions], source.format, "interactions")
+        for file in files:
+            check_columns(
+                file, {source.user: f"{sources.INTERACTIONS}.user", source.item: f"{sources.INTERACTIONS}.item"}
+            )
+        for task in sources.plan_files(files):
+            table = read_piece(task, names).table
+            keys = [sources.as_keys(table[name], f"{task['url']}: column {name}") for name in names]
+            for user, item in zip(*(column.to_pylist() for column in keys), strict=True):
+                if user is not None and item is not None:
+                    found[item].append(user)
+        return found
+
+    def _with_content(self) -> ItemsSource:
+        if self._source is None:
+            raise SettingsError(
+                "task.data.items names no content, so that a new item is like any other: nothing to embed"
+            )
+        return self._source
+
+    def _clean(self, items: Sequence[Mapping[str, Any]] | pa.Table, name: str) -> pa.Table:
+        source = self._with_content()
+        columns = sources.item_columns(source)
+        if isinstance(items, pa.Table):
+            if source.key not in items.column_names:
+                raise DataError(f"{name}: there is no column {source.key}, the key of {sources.ITEMS}")
+            items = items.to_pylist()
+        lacking = next((place for place, record in enumerate(items) if source.key not in record), None)
+        if lacking is not None:
+            raise DataError(f"{name}: record {lacking} has no field {source.key}, the key of {sources.ITEMS}")
+        try:
+            table = pa.table({column: pa.array([record.get(column) for record in items]) for column in columns})
+        except pa.ArrowException as error:
+            raise DataError(f"{name}: a field holds values of several types: {error}") from None
+        return self._cleaned(Piece(table, np.arange(len(items))), name)
+
+    def _cleaned(self, piece: Piece, where: str) -> pa.Table:
+        task = {"url": where, "widths": self._newcomers.vector_widths}
+        good, bad = sources.clean_items(piece, task, self._with_content())
+        if bad.num_rows:
+            first = bad.slice(0, 1).to_pylist()[0]
+            raise DataError(
+                f"{where}: row {first['row']}: {first['reason']}; {bad.num_rows} of {piece.table.num_rows} rows cannot "
+                "be read, correct them or leave them out"
+            )
+        return good
+
+    def _embed(
+        self, cleaned: pa.Table, users: Mapping[str, Iterable[str]] | None
+    ) -> tuple[list[str], NDArray[np.float32]]:
+        keys = cleaned.column("item_key").to_pylist()
+        touched = None
+        if users:
+            named = [list(users.get(key, ())) for key in keys]
+            ids = self._newcomers.user_ids([str(user) for own in named for user in own])
+            ends = np.cumsum([len(own) for own in named])
+            touched = [own[own >= 0] for own in np.split(ids, ends[:-1])] if len(keys) else None
+        return keys, self._newcomers.embed(content_of(cleaned), touched)
+
+
+def embed_command(
+    items: Annotated[str, typer.Argument(help="Items: a file like those of task.data.items.")],
+    interactions: Annotated[
+        str | None, typer.Option(help="Who touched them: a file with the user and item columns of your interactions.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A Parquet file to write; without it, JSON lines are printed.")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", min=0, help="Also the keys of this many nearest items of the catalogue.")] = 0,
+    settings: SettingsOption = "pinsage.yaml",
+    override: OverrideOption = None,
+) -> None:
+    """Embed items that are not in the catalogue yet, from content and a few interactions; needs no Spark."""
+    with exit_codes():
+        loaded = load_settings(settings, override or ())
+        embedder = Embedder.open(loaded)
+        keys, vectors = embedder.embed_file(items, embedder.users_of(interactions) if interactions else None)
+        columns: dict[str, Any] = {"key": keys}
+        if k:
+            from pipeline.index import Index
+
+            columns["nearest"] = Index.open(Storage(loaded.resources.run)).search(vectors, k)[0]
+        if output is None:
+            for place, key in enumerate(keys):
+                line = {name: values[place] for name, values in columns.items()}
+                sys.stdout.write(
+                    json.dumps({**line, "key": key, "embedding": [float(f"{x:.7g}") for x in vectors[place]]})
+                )
+                sys.stdout.write("\n")
+            return
+        try:
+            pq.write_table(pa.table({**columns, "embedding": vectors_to_arrow(vectors)}), output)
+        except OSError as error:
+            raise SettingsError(f"cannot write {output}: {error.strerror}; give --output another place") from None
+        Console(stderr=True, highlight=False).print(f"wrote {output}: {len(keys):,} items", soft_wrap=True)
