@@ -101,7 +101,8 @@ def choose_index(settings: Settings, num_vectors: int, width: int, gpu: bool) ->
     """The factory string that the settings mean. Raises SettingsError before any work if it cannot be built or held."""
     task = settings.task.index
     if task.factory == "auto":
-        return choose(num_vectors, width, task.memory, task.recall_target, task.train_rows, gpu)
+        merging = int(settings.resources.index.merge_memory)
+        return choose(num_vectors, width, task.memory, task.recall_target, task.train_rows, gpu, merging)
     return check_given(task.factory, num_vectors, width, task.memory)
 
 

@@ -16,8 +16,11 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from pipeline.contracts.config import (
+    Compact,
     Features,
     Graph,
+    Index,
+    IndexResources,
     Inference,
     InferenceResources,
     Model,
@@ -34,6 +37,8 @@ from pipeline.contracts.sharding import MAX_IDS, count_shards
 GIB = 1 << 30
 REFERENCE_BYTES = 1 << 26
 """Rates of random reads hold for this much memory; a doubling adds what `_doubling` rates say."""
+_LINK_COMPARED, _FIND_COMPARED = 2000, 400
+"""Centroids that a graph of them is compared with while one is linked into it, and while a vector's list is found."""
 SIGMA = 0.93
 """Of the lognormal degrees: the median is exp(-SIGMA ** 2 / 2) = 0.65 of the mean."""
 HUB_REFERENCES = 2.5
@@ -106,12 +111,14 @@ class Task:
     model: Model = field(default_factory=Model)
     training: Training = field(default_factory=Training)
     inference: Inference = field(default_factory=Inference)
-    index_train_rows: int = 500_000
+    index: Index = field(default_factory=Index)
+    compact: Compact = field(default_factory=Compact)
     content_values: int = 128
     strategy: str = "auto"
     cluster_rounds: int = WalksResources().cluster_rounds
     host_memory: int | None = None
     layers: InferenceResources = field(default_factory=InferenceResources)
+    merge_memory: int = int(IndexResources().merge_memory)
     rows_per_shard: int = 100_000
     events_per_shard: int = 1_000_000
     threads: int = 1
@@ -124,9 +131,9 @@ class Task:
         memory = resources.walks.host_memory
         return cls(
             task.split, task.graph, task.features, task.walks, task.pairs, task.model, task.training, task.inference,
-            task.index.train_rows, content_values, strategy=resources.walks.strategy,
+            task.index, task.compact, content_values, strategy=resources.walks.strategy,
             cluster_rounds=resources.walks.cluster_rounds, host_memory=memory and int(memory),
-            layers=resources.inference,
+            layers=resources.inference, merge_memory=int(resources.index.merge_memory),
             rows_per_shard=resources.rows_per_shard, events_per_shard=resources.events_per_shard,
             threads=resources.threads,
         )  # fmt: skip
@@ -419,7 +426,8 @@ class _Planner:
             self._stage("ingest", self._ingest(), ("raw",), ("interactions", "nodes"), shared=self.ids_bytes),
             self._stage("graph", self._graph(), ("raw", "interactions", "nodes"), ("graph",)),
             self._stage("features", self._features(), ("raw", "interactions", "nodes", "graph"), ("features",)),
-            self._walks(), self._pairs(), self._train(), self._inference(), self._index(),
+            self._walks(), self._pairs(), self._train(), self._inference(),
+            *([self._compact()] if self.task.compact.int8 or self.task.compact.dimensions else []), self._index(),
         )  # fmt: skip
         task = self.task
         return Plan(
@@ -872,22 +880,56 @@ class _Planner:
             shuffle_bytes=sent, task_bytes=4 * sent / shards,
         )  # fmt: skip
 
-    def _index(self) -> Stage:
-        """By the driver, with resources.threads threads."""
+    def _compact(self) -> Stage:
+        """Every form that is wanted, from the embeddings."""
         task, rates, items = self.task, self.rates, float(self.scale.items)
-        width = task.model.output_dimensions
-        trained = min(items, task.index_train_rows)
-        lists = min(round(4 * items**0.5), trained // 39) if items > 20_000 else 1
-        flops = 2 * width * lists * (10 * trained + 2 * items)
-        seconds = flops / (rates.gemm_gflops * 1e9 * task.threads)
-        copying = 1e-9 * items * width * (rates.copy_value_ns + 2 * rates.load_value_ns)
-        stored = items * (4.0 * width + 8)
-        step = Step(
-            "train, add, measure", 1, 0.0, read_bytes=self.cluster.hosts * 2 * stored,
-            write_bytes=self.cluster.hosts * 2 * stored, serial_seconds=seconds + copying,
-        )  # fmt: skip
-        before = tuple(self.stored)
-        return self._stage("index", [step], before, local=2 * stored, driver=2.2 * stored + 4.0 * trained * width)
+        width, stored = task.model.output_dimensions, self.stored["embeddings"]
+        values = width * task.compact.int8 + 2 * sum(task.compact.dimensions)
+        each = 1e-9 * (width * rates.load_value_ns + values * rates.store_value_ns)
+        turning = 2e-9 * width * sum(task.compact.dimensions) / rates.gemm_gflops
+        steps = [
+            Step("sample", self.item_shards, 1e-9 * items * width * rates.load_value_ns, read_bytes=stored),
+            Step(
+                "forms", self.item_shards, items * (each + turning), read_bytes=stored, write_bytes=items * values,
+                task_bytes=items / self.item_shards * (12.0 * width + values),
+            ),
+        ]  # fmt: skip
+        return self._stage("compact", steps, tuple(self.stored))
+
+    def _index(self) -> Stage:
+        """Trained by the driver; added to by tasks, each a part of all shards; merged by the driver."""
+        from pipeline.ann.choice import HNSW_LISTS, TRAIN_POINTS, check_given, choose, count_lists
+
+        task, rates, items = self.task, self.rates, self.scale.items
+        width, given = task.model.output_dimensions, task.index
+        if given.factory == "auto":
+            choice = choose(items, width, given.memory, given.recall_target, given.train_rows, False, task.merge_memory)
+        else:
+            choice = check_given(given.factory, items, width, given.memory)
+        lists = count_lists(items, given.train_rows)
+        sample = min(items, given.train_rows, max(TRAIN_POINTS * lists, 65_536))
+        shards, parts = self.item_shards, min(self.item_shards, 256)
+        stored, queries = self.stored["embeddings"], 2 * given.num_queries
+        groups = round(lists**0.5)
+        compared = sample * lists if lists < HNSW_LISTS else sample * lists / groups + 256 * groups**2
+        training = 10 * 2 * width * compared / (rates.gemm_gflops * 1e9 * task.threads)
+        linking = 1e-9 * lists * _LINK_COMPARED * width * rates.pool_value_ns if lists >= HNSW_LISTS else 0.0
+        finding = 2e-9 * width * lists / rates.gemm_gflops
+        if lists >= HNSW_LISTS:
+            finding = 1e-9 * _FIND_COMPARED * width * rates.pool_value_ns
+        each = finding + 2e-9 * width * queries / rates.gemm_gflops + 1e-9 * width * rates.load_value_ns
+        in_memory = choice.bytes <= task.merge_memory
+        steps = [
+            Step("sample", min(shards, 256), 1e-9 * min(items, 256 * items / shards) * width * rates.load_value_ns,
+                 read_bytes=stored * min(1.0, 256 / shards), write_bytes=4.0 * sample * width),
+            Step("train", 1, 0.0, serial_seconds=training + linking + 1e-9 * sample * width * rates.copy_value_ns),
+            Step("add, search exactly", parts, items * each, read_bytes=stored, write_bytes=choice.bytes,
+                 task_bytes=2.2 * choice.bytes / parts + 4.0 * width * items / shards, scratch_bytes=choice.bytes),
+            Step("merge", 1, 0.0, serial_seconds=2e-6 * choice.bytes / rates.disk_write_mbs),
+        ]  # fmt: skip
+        driver = 2.2 * 4.0 * sample * width + (2.2 * choice.bytes if in_memory else 0.0)
+        local = 2.0 * choice.bytes
+        return self._stage(f"index, {choice.factory}", steps, tuple(self.stored), local=local, driver=driver)
 
     # -------------------------------------------------------------------------------------- does it fit
 
@@ -916,6 +958,7 @@ _ADVICE = {
     "resources.rows_per_shard, or take larger hosts",
     "inference disk": "set task.inference.layer_dtype: float16, resources.inference.cluster_rounds above 0, a smaller "
     "task.model.hidden_dimensions, or take larger disks",
-    "index memory": "one host builds the index in memory; set a compressed task.index.factory",
-    "index disk": "one host holds all embeddings and the index; take larger disks",
+    "index memory": "the driver trains, and merges what resources.index.merge_memory allows, in memory; lower that, or "
+    "task.index.train_rows",
+    "index disk": "the driver holds the index's parts and the whole; set task.index.memory, or take larger disks",
 }

@@ -27,7 +27,11 @@ _ID_BYTES, _LINK_BYTES = 8, 4
 
 @dataclass(frozen=True)
 class Profile:
-    """One kind of index: for how many vectors, its factory string, and the highest recall@10 it can reach."""
+    """One kind of index: for how many vectors, its factory string, and the highest recall@10 it can reach.
+
+    in_memory: only where the driver can merge all of it in memory. FAISS cannot keep what is re-ranked in a file, and
+    whole vectors in one are slower to search than their codes.
+    """
 
     name: str
     fewest: int
@@ -35,6 +39,7 @@ class Profile:
     pattern: str
     ceiling: float
     meaning: str
+    in_memory: bool = False
 
 
 PROFILES = (
@@ -42,12 +47,13 @@ PROFILES = (
     Profile("plain", 20_001, 200_000, "IVF{lists},Flat", 1.0, "lists of whole vectors"),
     Profile(
         "fast", 200_001, 2**32, "IVF{lists},PQ{half}x4fs,Refine(SQfp16)", 0.999,
-        "4-bit codes compared in registers, the best re-ranked by half-precision vectors",
+        "4-bit codes compared in registers, the best re-ranked by half-precision vectors", True,
     ),
-    Profile("plain", 200_001, 2**32, "IVF{lists},Flat", 1.0, "where memory is plenty and the width is odd"),
+    Profile("plain", 200_001, 2**32, "IVF{lists},Flat", 1.0, "where memory is plenty and the width is odd", True),
     Profile("compact", 20_001, 2**32, "IVF{lists}_HNSW32,SQ8", 0.98, "a byte per dimension"),
     Profile("small", 20_001, 2**32, "IVF{lists}_HNSW32,SQ6", 0.94, "six bits per dimension"),
     Profile("smallest", 20_001, 2**32, "IVF{lists}_HNSW32,SQ4", 0.8, "four bits per dimension"),
+    Profile("plain", 200_001, 2**32, "IVF{lists},Flat", 1.0, "where codes cannot reach the recall"),
 )  # fmt: skip
 
 
@@ -60,8 +66,19 @@ class Choice:
     bytes: int
 
 
-def choose(num_vectors: int, width: int, memory: int | None, target: float, train_rows: int, gpu: bool) -> Choice:
-    """The fastest index that fits; SettingsError, with what would be needed, if none does. train_rows bounds nlist."""
+def choose(
+    num_vectors: int,
+    width: int,
+    memory: int | None,
+    target: float,
+    train_rows: int,
+    gpu: bool,
+    merge_memory: int | None = None,
+) -> Choice:
+    """The fastest index that fits; SettingsError, with what would be needed, if none does.
+
+    train_rows bounds nlist; merge_memory is what the driver may give to an index that cannot be merged on disk.
+    """
     nlist = count_lists(num_vectors, train_rows, gpu)
     rejected = []
     for profile in PROFILES:
@@ -74,6 +91,8 @@ def choose(num_vectors: int, width: int, memory: int | None, target: float, trai
             rejected.append(f"{factory} can reach {ceiling:g}")
         elif memory is not None and size > memory:
             rejected.append(f"{factory} takes {size:,} bytes")
+        elif merge_memory is not None and profile.in_memory and size > merge_memory:
+            rejected.append(f"{factory} takes {size:,} bytes, and resources.index.merge_memory is {merge_memory:,}")
         else:
             reason = f"{profile.name}: {profile.meaning}"
             return Choice(factory, reason + (f"; {', '.join(rejected)}" if rejected else ""), size)

@@ -410,6 +410,15 @@ class Inference(Section):
     """Stored precision of what passes between layers."""
 
 
+class Compact(Section):
+    """Embeddings in fewer bytes, beside the embeddings themselves; nothing is made unless asked for."""
+
+    int8: bool = False
+    """A byte a dimension, and a scale for each item."""
+    dimensions: tuple[PositiveInt, ...] = ()
+    """Fewer dimensions, float16: of each number the so many that keep most of the inner products, such as [64, 128]."""
+
+
 class Index(Section):
     """Embeddings to a FAISS index."""
 
@@ -466,6 +475,7 @@ class Task(Section):
     model: Model = Model()
     training: Training = Training()
     inference: Inference = Inference()
+    compact: Compact = Compact()
     index: Index = Index()
     evaluation: Evaluation = Evaluation()
 
@@ -564,7 +574,8 @@ class IndexResources(Section):
     threads: PositiveInt | None = None
     """Threads of the driver while it trains, merges and measures, when no task runs. None: resources.threads."""
     merge_memory: ByteSize = ByteSize(8 * 2**30)
-    """An index of more bytes is merged on the driver's disk, and its lists are a file of their own."""
+    """An index of more bytes is merged on the driver's disk, and its lists are a file of their own; of the kinds that
+    factory auto chooses from, one that cannot be is left out then."""
 
 
 class Resources(Section):

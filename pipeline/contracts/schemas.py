@@ -198,6 +198,14 @@ EMBEDDINGS = Dataset(
     "one embedding per item of the catalogue",
     dense=True,
 )
+COMPACT = Dataset(
+    "compact",
+    ("id",),
+    None,
+    "embeddings in fewer bytes, as task.compact asks: key, id, int8 and scale (value = int8 * scale), first_n",
+    dense=True,
+)
+ROTATION = Dataset("rotation", (), None, "rotation.npy: the matrix that turns embeddings to those of compact's first_n")
 INDEX = Dataset(
     "index",
     (),
@@ -270,6 +278,13 @@ INFERENCE = Stage(
     ("task.inference", *_NUMERIC),
     "embed every item, layer by layer",
 )
+COMPACT_STAGE = Stage(
+    "compact",
+    (EMBEDDINGS,),
+    (COMPACT, ROTATION),
+    ("task.seed", "task.compact", "resources.threads"),
+    "embeddings in fewer bytes, and what that costs in recall",
+)
 INDEX_STAGE = Stage(
     "index",
     (EMBEDDINGS,),
@@ -292,13 +307,26 @@ EVALUATION_STAGE = Stage(
     "rank the full catalogue for unseen events, beside baselines; write the report",
 )
 
-STAGES = (INGEST, GRAPH, FEATURES_STAGE, WALKS, PAIRS_STAGE, TRAIN, INFERENCE, INDEX_STAGE, EVALUATION_STAGE)
+STAGES = (
+    INGEST,
+    GRAPH,
+    FEATURES_STAGE,
+    WALKS,
+    PAIRS_STAGE,
+    TRAIN,
+    INFERENCE,
+    COMPACT_STAGE,
+    INDEX_STAGE,
+    EVALUATION_STAGE,
+)
 """In the order that `pinsage run` runs them."""
 
 EXCHANGE = "neighbour_edges"
 """Folder of what inference by shuffle works out once per neighbour table, and keeps for later models."""
 TRAINING = "training"
 """Folder of what the trainer keeps: its checkpoints while it trains, and its log."""
+COMPACT_WORK = "compact-work"
+"""Folder of the sample that decides how embeddings are turned."""
 INDEX_PARTS = "index-parts"
 """Folder of the sample, the trained quantizer and the parts of an index that is being built."""
 INDEX_LOG = "index-log"
@@ -307,6 +335,7 @@ SCRATCH = {name: name for name in (INGEST.name, GRAPH.name, WALKS.name)} | {
     "pairs-ranking": PAIRS_STAGE.name,
     TRAINING: TRAIN.name,
     LAYERS.name: INFERENCE.name,
+    COMPACT_WORK: COMPACT_STAGE.name,
     INDEX_PARTS: INDEX_STAGE.name,
     INDEX_LOG: INDEX_STAGE.name,
 }

@@ -84,3 +84,13 @@ def test_the_readme_has_the_table() -> None:
     for profile in choice.PROFILES:
         pattern = profile.pattern.replace("{lists}", "n").replace("{half}", "d/2")
         assert re.search(rf"\| `{re.escape(pattern)}` \|", text), pattern
+
+
+def test_what_the_driver_cannot_merge_in_memory_is_a_kind_that_can_lie_on_disk() -> None:
+    """A catalogue that grows past the driver's memory gets another index, not an error at night."""
+    small = choose(1_000_000, 128, None, 0.95, 4_000_000, False, 8 << 30)
+    assert "Refine" in small.factory
+    large = choose(100_000_000, 128, None, 0.95, 4_000_000, False, 8 << 30)
+    assert large.factory == "IVF32768_HNSW32,SQ8"
+    assert choose(100_000_000, 128, None, 0.99, 4_000_000, False, 8 << 30).factory == "IVF32768_HNSW32,Flat"
+    assert "resources.index.merge_memory is 8,589,934,592" in large.reason
