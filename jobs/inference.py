@@ -6,15 +6,18 @@ The only place where `model` and `pipeline` meet: pipeline/inference.py gets arr
 from __future__ import annotations
 
 import json
+from functools import partial
 
 from pyspark.sql import SparkSession
 
 from model.export import Exported, load_exported
+from model.trainer import emulates_bfloat16
 from pipeline.contracts import schemas
 from pipeline.contracts.config import Settings
 from pipeline.contracts.datasets import Lineage, Manifest, open_manifest, read_file
 from pipeline.contracts.storage import Storage
 from pipeline.inference import stage
+from pipeline.spark import assigned_gpu, say
 
 
 def run_inference(spark: SparkSession, storage: Storage, settings: Settings, lineage: Lineage) -> None:
@@ -27,7 +30,19 @@ def load_network(storage: Storage, model: Manifest, settings: Settings) -> Expor
     description = json.loads(read_file(storage, model, "model.json"))
     network = load_exported(read_file(storage, model, "model.safetensors"), description)
     network.set_threads(settings.resources.threads)
+    inference, device = settings.task.inference, settings.resources.inference.device
+    if inference.precision == "bfloat16" and device == "cpu" and emulates_bfloat16():
+        say(
+            "inference: task.inference.precision is bfloat16, which this processor has not in hardware: products take "
+            "several times as long as with float32"
+        )
+    network.set_place(inference.precision, partial(_device_of_task, device))
     return network
+
+
+def _device_of_task(device: str) -> str:
+    """The device of the task that calls: of GPUs the one that Spark assigned to it, else the first."""
+    return "cpu" if device == "cpu" else f"cuda:{assigned_gpu() or 0}"
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from torch import Tensor
 from model.layers import Convolution
 from model.pinsage import PinSage
 from pipeline.contracts import config
+from pipeline.contracts.errors import ResourceError
 
 Floats = NDArray[np.float32]
 
@@ -29,6 +30,7 @@ class Exported:
     def __init__(self, weights: bytes, description: dict[str, Any]) -> None:
         self._weights, self._description = weights, description
         self._threads: int | None = None
+        self._precision, self._device = "float32", _cpu
         self.num_layers = int(description["model"]["num_layers"])
         shape = description["model"]
         fan_outs = shape.get("fan_outs") or [0] * self.num_layers
@@ -37,12 +39,19 @@ class Exported:
         self.reduction = "max" if description["model"]["pooling"] == "max" else "sum"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_model"}
+        return {name: value for name, value in vars(self).items() if name not in ("_model", "_place")}
 
     def set_threads(self, threads: int) -> None:
         """CPU threads of torch in every process that uses this; sums of floats depend on it."""
         self._threads = threads
         torch.set_num_threads(threads)
+
+    def set_place(self, precision: str, device: Callable[[], str]) -> None:
+        """Of the matrix products: float32 or bfloat16, and a function that names the device of whoever calls.
+
+        Arrays go there and come back with every call. ResourceError, at the first, if torch does not see the device.
+        """
+        self._precision, self._device = precision, device
 
     def standardise(self, features: NDArray[Any], ids: NDArray[np.integer]) -> Floats:
         """Content vectors [n, F] as stored and the items' ids [n], to the first layer's input [n, d']."""
@@ -83,12 +92,28 @@ class Exported:
             num_items=int(self._description["num_items"]),
         )
         model.load_state_dict(safetensors.torch.load(self._weights))
-        return model.eval()
+        return model.eval().to(self._place)
+
+    @cached_property
+    def _place(self) -> torch.device:
+        name = self._device()
+        place = torch.device(name)
+        if place.type == "cuda" and not (place.index or 0) < torch.cuda.device_count():
+            raise ResourceError(
+                f"{name} is wanted, and torch sees {torch.cuda.device_count()} GPUs here; install a CUDA build of "
+                "torch on every executor, or set resources.inference.device: cpu"
+            )
+        return place
 
     def _run(self, function: Callable[..., Tensor], *arrays: NDArray[Any]) -> Floats:
-        with torch.no_grad():
-            result: Floats = function(*map(_tensor, arrays)).numpy()
+        place, fewer = self._place, self._precision == "bfloat16"
+        with torch.no_grad(), torch.autocast(place.type, torch.bfloat16, enabled=fewer):
+            result: Floats = function(*(_tensor(array).to(place) for array in arrays)).float().cpu().numpy()
         return result
+
+
+def _cpu() -> str:
+    return "cpu"
 
 
 def load_exported(weights: bytes, description: dict[str, Any]) -> Exported:

@@ -23,7 +23,7 @@ from typing import Any
 
 import pyarrow as pa
 from py4j.protocol import Py4JError
-from pyspark import SparkConf, SparkContext
+from pyspark import SparkConf, SparkContext, TaskContext
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -119,6 +119,13 @@ def check_port(port: int, setting: str) -> None:
             raise ResourceError(
                 f"{setting}: port {port} cannot be opened ({error.strerror}); choose another, or 0 for any free one"
             ) from None
+
+
+def assigned_gpu() -> int | None:
+    """The number of the GPU that Spark's resource scheduling assigned to this task; None if it assigned none."""
+    context = TaskContext.get()
+    found = None if context is None else context.resources().get("gpu")
+    return None if found is None or not found.addresses else int(found.addresses[0])
 
 
 def run_tasks(

@@ -21,10 +21,17 @@ from pipeline.contracts.storage import Storage
 from tests.embeddings import clustered, write_embeddings
 from tests.runs import ROOT, differences, environment, make_shop, pinsage
 
+SUBMIT = [
+    str(SPARK_SUBMIT), "--executor-memory", "512m", "--driver-memory", "1g", "--conf", "spark.driver.host=127.0.0.1",
+]  # fmt: skip
+
 
 @pytest.mark.cluster
 def test_a_cluster_gives_the_bytes_of_a_local_run(tmp_path: Path) -> None:
-    """Every stage by spark-submit to a master and two workers, training by torchrun with two ranks."""
+    """Every stage by spark-submit to a master and two workers, training by torchrun with two ranks.
+
+    Inference shuffles where it gathered before, and loses an executor on the way.
+    """
     settings = make_shop(tmp_path)
     ranks = ("--set", "resources.training.ranks=2")
     pinsage("run", "--settings", str(settings), *ranks)
@@ -39,16 +46,15 @@ def test_a_cluster_gives_the_bytes_of_a_local_run(tmp_path: Path) -> None:
             if stage is schemas.TRAIN:
                 start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", job]
                 where = {**shipped, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}
-            else:
-                start = [
-                    str(SPARK_SUBMIT), "--master", master, "--py-files", str(package), "--executor-memory", "512m",
-                    "--driver-memory", "1g", "--conf", "spark.driver.host=127.0.0.1", job,
-                ]  # fmt: skip
-                where = shipped
-            done = subprocess.run(
-                [*start, *common], env=where, cwd=elsewhere, capture_output=True, text=True, check=False
-            )
-            assert done.returncode == 0, f"{stage.name}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+                subprocess.run([*start, *common], env=where, cwd=elsewhere, check=True)
+                continue
+            given: tuple[str, ...] = ()
+            if stage is schemas.INFERENCE:  # locally it gathered
+                given = ("--set", "resources.inference.reducer=shuffle")
+            command = [*SUBMIT, "--master", master, "--py-files", str(package), job, *common, *given]
+            begun = tmp_path / "cluster-run" / schemas.EXCHANGE / "step-edges" / "_manifest.json"
+            _run(command, shipped, tmp_path, begun if given else None)
+        shutil.rmtree(tmp_path / "cluster-run" / schemas.EXCHANGE)
         executors = list((tmp_path / "cluster").glob("worker-*/app-*/*/stderr"))
         used = {path.parts[-4] for path in executors}
         assert used == {"worker-0", "worker-1"}, "both workers had executors"
@@ -67,22 +73,11 @@ def _walk_by_shuffle_while_an_executor_dies(
     for name in ("item_users", "user_items"):
         shutil.copytree(tmp_path / "run" / name, run / name)
     command = [
-        str(SPARK_SUBMIT), "--master", master, "--py-files", str(package), "--executor-memory", "512m",
-        "--driver-memory", "1g", "--conf", "spark.driver.host=127.0.0.1", str(ROOT / "jobs" / "walks.py"),
-        "--settings", str(settings), "--set", f"resources.run={run}", "--set", "resources.walks.strategy=shuffle",
-        "--set", "resources.walks.cluster_rounds=1",
+        *SUBMIT, "--master", master, "--py-files", str(package), str(ROOT / "jobs" / "walks.py"), "--settings",
+        str(settings), "--set", f"resources.run={run}", "--set", "resources.walks.strategy=shuffle", "--set",
+        "resources.walks.cluster_rounds=1",
     ]  # fmt: skip
-    log = tmp_path / "shuffle.log"
-    with open(log, "wb") as output:
-        process = subprocess.Popen(command, env=shipped, cwd=tmp_path, stdout=output, stderr=output)
-        killed = 0
-        while process.poll() is None:
-            if not killed and (run / "walks" / "homes").exists():
-                killed = _executor(tmp_path / "cluster")
-                os.kill(killed, signal.SIGKILL)
-            time.sleep(0.05)
-    assert process.returncode == 0, log.read_text()[-6000:]
-    assert killed, "the walks were over before an executor could be killed"
+    _run(command, shipped, tmp_path, run / "walks" / "homes")
     names = sorted(path.name for path in (run / "neighbours").glob("*.parquet"))
     assert names == sorted(path.name for path in (tmp_path / "run" / "neighbours").glob("*.parquet"))
     for name in names:
@@ -95,29 +90,34 @@ def test_an_index_of_two_executors_is_that_of_one_process_though_one_dies(tmp_pa
     vectors = clustered(40_000, width=32)
     write_embeddings(Storage(str(tmp_path / "run")), vectors, num_shards=40)
     settings = make_shop(tmp_path)
-    command = [
-        "--py-files", str(build(tmp_path / "pinsage.zip")), "--executor-memory", "512m", "--driver-memory", "1g",
-        "--conf", "spark.driver.host=127.0.0.1", str(ROOT / "jobs" / "index.py"), "--settings", str(settings),
-        "--set", f"resources.run={tmp_path / 'run'}", "--set", "task.index.factory=IVF256,PQ16x4fs,Refine(SQfp16)",
-    ]  # fmt: skip
     shipped = {**environment(), "PYSPARK_PYTHON": sys.executable, "PYTHONPATH": "", "PYTHONSAFEPATH": "1"}
-    log, parts = tmp_path / "index.log", tmp_path / "run" / "index-parts"
-    with standalone_cluster(tmp_path / "cluster") as master, open(log, "wb") as output:
-        process = subprocess.Popen(
-            [str(SPARK_SUBMIT), "--master", master, *command], env=shipped, cwd=tmp_path, stdout=output, stderr=output
-        )
-        killed = 0
-        while process.poll() is None:
-            if not killed and any(parts.glob("part-*.faiss")):
-                killed = _executor(tmp_path / "cluster")
-                os.kill(killed, signal.SIGKILL)
-            time.sleep(0.02)
-        assert process.returncode == 0, log.read_text()[-6000:]
-        assert killed, "the index was there before an executor could be killed"
+    package, first = build(tmp_path / "pinsage.zip"), tmp_path / "run" / "index-parts" / "part-00000.faiss"
+    with standalone_cluster(tmp_path / "cluster") as master:
+        command = [
+            *SUBMIT, "--master", master, "--py-files", str(package), str(ROOT / "jobs" / "index.py"), "--settings",
+            str(settings), "--set", f"resources.run={tmp_path / 'run'}", "--set",
+            "task.index.factory=IVF256,PQ16x4fs,Refine(SQfp16)",
+        ]  # fmt: skip
+        _run(command, shipped, tmp_path, first)
     published = tmp_path / "run" / "index"
     alone = faiss.read_index(str(published / "trained.faiss"))
     alone.add(vectors)
     assert bytes(faiss.serialize_index(alone).data) == (published / "index.faiss").read_bytes()
+
+
+def _run(command: list[str], where: dict[str, str], folder: Path, kill_at: Path | None) -> None:
+    """Submit a job; once kill_at exists, kill one of its two executors."""
+    log = folder / "submitted.log"
+    with open(log, "wb") as output:
+        process = subprocess.Popen(command, env=where, cwd=folder, stdout=output, stderr=output)
+        killed = 0
+        while process.poll() is None:
+            if kill_at is not None and not killed and kill_at.exists():
+                killed = _executor(folder / "cluster")
+                os.kill(killed, signal.SIGKILL)
+            time.sleep(0.02)
+    assert process.returncode == 0, f"{command}\n{log.read_text()[-6000:]}"
+    assert killed or kill_at is None, f"the job was over before an executor could be killed\n{log.read_text()[-2000:]}"
 
 
 def _executor(cluster: Path) -> int:

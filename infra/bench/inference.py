@@ -8,7 +8,9 @@ of the command's: Spark's start, reading, checking, writing, both cores. The nai
 of their 2-hop neighbourhoods, T = 50 at both layers, in DGL's message passing (or, without DGL, this project's own
 layers), and is timed on a few batches. The roofline is what the same machine needs for a block's matrix products by
 torch and for its 2 x 50 random rows by torch's embedding_bag, both cores at work, and nothing else. `shuffle` runs on
-the smallest catalogue: seconds, and bytes sent per item, beside what `pinsage plan` says.
+the smallest catalogue: seconds, and bytes sent per item, beside what `pinsage plan` says. Last, on a catalogue of
+planted communities, one item in a hundred changes, whole communities at a time, and a run goes on from the kept layers
+of the one before: its core-seconds by those of a whole run, and the same bytes.
 
 The last line is one JSON object. A peer that is not installed is left out, and its figures are null.
 """
@@ -61,9 +63,12 @@ from pipeline.exact_kernel import exact_neighbours
 NEIGHBOURS, WIDTH, HIDDEN, OUTPUTS, BUDGET = 50, 384, 512, 256, 1024
 LINEAGE = Lineage("bench", {}, {})
 ROWS_PER_SHARD = 50_000
+COMMUNITY, OUTSIDE = 500, 200
+"""Items of a planted community; of so many neighbours one is from anywhere."""
+CHANGED = 0.01
 KEYS = (
     "items_per_s_per_core", "items_per_s_vs_khop", "vs_roofline", "growth_1m_to_10m", "shuffle_vs_gather",
-    "shuffled_bytes_per_item",
+    "shuffled_bytes_per_item", "incremental_vs_full",
 )  # fmt: skip
 
 
@@ -75,23 +80,38 @@ def network_settings() -> Model:
     return Model(num_layers=2, hidden_dimensions=HIDDEN, output_dimensions=OUTPUTS)
 
 
-def write_run(folder: Path, items: int, seed: int) -> None:
-    """Store what inference reads; features are random, neighbours those of a generated graph."""
+def write_run(
+    folder: Path, items: int, seed: int, communities: bool = False, changed: NDArray[np.int64] | None = None
+) -> None:
+    """Store what inference reads; features are random, ids in no order.
+
+    Neighbours are those of a generated graph or, with communities, mostly of an item's own community. Of the items in
+    `changed` every first one gets other features, every second one another list.
+    """
     storage, random = Storage(str(folder / "run")), np.random.default_rng(seed)
-    graph = generate.graph(items, items * 3 // 10, items * 17, seed)
-    find = partial(exact_neighbours, graph, num_neighbours=NEIGHBOURS, entry_budget=BUDGET)
+    places = random.permutation(items)
+    numbers = np.argsort(places).astype(np.uint32)
+    find = partial(planted_neighbours, items=items, seed=seed)
+    if not communities:
+        graph = generate.graph(items, items * 3 // 10, items * 17, seed)
+        find = partial(exact_neighbours, graph, num_neighbours=NEIGHBOURS, entry_budget=BUDGET)
     shards: dict[schemas.Dataset, list[Shard]] = {schemas.ITEMS: [], schemas.FEATURES: [], schemas.NEIGHBOURS: []}
     count = count_shards(items, ROWS_PER_SHARD)
     for shard in range(count):
         start, stop = shard_bounds(items, count, shard)
         rows = np.arange(start, stop)
         ids = pa.array(rows, pa.uint32())
-        found = measure.in_threads(find, rows, measure.num_cores())
+        found = measure.in_threads(find, places[rows], measure.num_cores())
         neighbours, scores, lengths = (np.concatenate(column) for column in zip(*found, strict=True))
+        neighbours = numbers[neighbours]
+        features = random.integers(-110, 111, (len(rows), WIDTH), np.int8) / np.float16(64)
+        if changed is not None:
+            own = changed[(changed >= start) & (changed < stop)] - start
+            features[own[::2]] *= np.float16(-1)
+            neighbours[own[1::2], -1] = rows[own[1::2]]
         kept = np.arange(NEIGHBOURS) < lengths[:, None]
         weights = (scores / np.maximum(scores.sum(axis=1, keepdims=True), 1)).astype(np.float32)
         indptr = np.concatenate([[0], np.cumsum(lengths)])
-        features = random.integers(-110, 111, (len(rows), WIDTH), np.int8) / np.float16(64)
         nothing = pa.array(np.zeros(len(rows), np.int64))
         columns: dict[schemas.Dataset, list[pa.Array]] = {
             schemas.ITEMS: [
@@ -108,6 +128,19 @@ def write_run(folder: Path, items: int, seed: int) -> None:
     for dataset, written in shards.items():
         commit(storage, dataset, written, LINEAGE)
     write_model(storage, items, seed)
+
+
+def planted_neighbours(
+    places: NDArray[np.int64], items: int, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """As exact_neighbours: of COMMUNITY items in a row, and one in OUTSIDE from anywhere."""
+    random = np.random.default_rng([seed, int(places[0])])
+    shape = (len(places), NEIGHBOURS)
+    first = places // COMMUNITY * COMMUNITY
+    near = first[:, None] + random.integers(0, COMMUNITY, shape)
+    found = np.where(random.random(shape) < 1 / OUTSIDE, random.integers(0, items, shape), near) % items
+    scores = np.sort(random.integers(1, 1 << 20, shape), axis=1)[:, ::-1]
+    return found, scores, np.full(len(places), NEIGHBOURS)
 
 
 def write_model(storage: Storage, items: int, seed: int) -> None:
@@ -155,6 +188,34 @@ def embed(folder: Path, *overrides: str) -> dict[str, float]:
         *given,
     ]
     return measured(command, [folder])
+
+
+def measure_incremental(folder: Path, items: int, seed: int) -> dict[str, Any]:
+    """One in a hundred items changed, whole communities at a time, on top of a run that kept its layers."""
+    last, tonight = folder / "last-night", folder / "tonight"
+    for here in (last, tonight):
+        here.mkdir(parents=True)
+    places = np.random.default_rng(seed).permutation(items)
+    communities = np.random.default_rng(seed + 1).permutation(-(-items // COMMUNITY))
+    chosen = communities[: max(1, round(CHANGED * items / COMMUNITY))]
+    changed = np.flatnonzero(np.isin(places // COMMUNITY, chosen))
+    write_run(last, items, seed, communities=True)
+    write_run(tonight, items, seed, communities=True, changed=changed)
+    full = embed(last, "resources.inference.keep_layers=true", "resources.inference.reducer=gather")
+    some = embed(tonight, f"task.data.previous={last / 'run'}")
+    made = open_manifest(Storage(str(tonight / "run")), schemas.EMBEDDINGS)
+    whole = embed(tonight, "resources.inference.reducer=gather")
+    again = open_manifest(Storage(str(tonight / "run")), schemas.EMBEDDINGS)
+    assert [shard.sha256 for shard in made.shards] == [shard.sha256 for shard in again.shards]
+    remade = made.metadata["remade"]
+    share = some["core_seconds"] / whole["core_seconds"]
+    print(
+        f"incremental: {len(changed):,} items changed; {remade}; {some['seconds']:.1f} s against "
+        f"{whole['seconds']:.1f}, {some['core_seconds']:.0f} core-seconds against {whole['core_seconds']:.0f}: "
+        f"{share:.3f}; the same bytes",
+        flush=True,
+    )
+    return {"incremental_vs_full": share, "incremental": some, "whole": whole, "kept": full, "remade": remade}
 
 
 # ------------------------------------------------------------------------------------------------ peers
@@ -279,6 +340,7 @@ def run(items: int, large: int, batch: int, batches: int, seed: int, folder: Pat
         if size == items:
             results |= measure_peers(here, size, batch, batches, seed, costs[size], took["seconds"])
         shutil.rmtree(here)
+    results |= measure_incremental(folder / "nights", items, seed)
     results["items_per_s_per_core"] = 1 / costs[items]
     if large:
         results["growth_1m_to_10m"] = costs[large] / costs[items]

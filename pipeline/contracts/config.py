@@ -408,6 +408,9 @@ class Inference(Section):
     """Stored precision of the embeddings."""
     layer_dtype: Literal["float32", "float16"] = "float32"
     """Stored precision of what passes between layers."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the matrix products. bfloat16 pays on GPUs and processors that have it in hardware, and moves embeddings by
+    about a hundredth of their length; sums over neighbours are exact in any case."""
 
 
 class Compact(Section):
@@ -519,6 +522,9 @@ class InferenceResources(Section):
     keep_layers: bool = False
     """gather: keep what passes between the layers, so that a later run with this one as task.data.previous and the same
     model makes again only what has changed."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the matrix products are made. cuda: on the GPU that Spark assigned to the task, see
+    spark.task.resource.gpu.amount in resources.spark.conf, else on the host's first. Not the same bytes on both."""
 
 
 class SparkResources(Section):

@@ -275,7 +275,7 @@ INFERENCE = Stage(
     "inference",
     (ITEMS, FEATURES, NEIGHBOURS, MODEL),
     (EMBEDDINGS,),
-    ("task.inference", *_NUMERIC),
+    ("task.inference", "resources.inference.device", *_NUMERIC),
     "embed every item, layer by layer",
 )
 COMPACT_STAGE = Stage(

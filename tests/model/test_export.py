@@ -19,6 +19,7 @@ from model.loader import Loader
 from model.trainer import Trainer
 from pipeline.contracts import schemas
 from pipeline.contracts.datasets import open_manifest, read_file
+from pipeline.contracts.errors import ResourceError
 from pipeline.contracts.replica import padded
 from tests.model.conftest import Run, plant
 
@@ -99,3 +100,30 @@ def test_a_pickled_model_computes_the_same(make_run: Callable[..., Run]) -> None
     copy = pickle.loads(pickle.dumps(network))
     np.testing.assert_array_equal(copy.standardise(features, np.arange(5)), before)
     assert len(pickle.dumps(network)) < 2 * len(network._weights)
+
+
+def test_bfloat16_products_are_near_those_of_float32(make_run: Callable[..., Run]) -> None:
+    network = exported(make_run(training={"epochs": 1}))
+    hidden = network.standardise(plant()["features"][:50], np.arange(50))
+    full = network.project(0, hidden)
+    network.set_place("bfloat16", _cpu)
+    half = pickle.loads(pickle.dumps(network)).project(0, hidden)
+    assert half.dtype == np.float32
+    assert not np.array_equal(half, full)
+    assert np.abs(half - full).max() < 0.02 * np.abs(full).max()
+
+
+def _cpu() -> str:
+    return "cpu"
+
+
+def test_a_device_that_is_not_there_is_named_at_the_first_call(make_run: Callable[..., Run]) -> None:
+    network = exported(make_run(training={"epochs": 1}))
+    network.set_place("float32", _seventh_gpu)
+    copy = pickle.loads(pickle.dumps(network))
+    with pytest.raises(ResourceError, match=r"cuda:7 is wanted.*resources\.inference\.device: cpu"):
+        copy.project(0, np.zeros((1, 3), np.float32))
+
+
+def _seventh_gpu() -> str:
+    return "cuda:7"
