@@ -188,7 +188,9 @@ def main(arguments: list[str] | None = None) -> None:
         ranks = vector_ranks(questions, Catalogue(vectors.numpy()))
         metrics, names = query_metrics(ranks, questions.rows, questions.num_queries, (10,)), metric_names((10,))
         values.append(metrics[:, [names.index("hit_rate@10"), names.index("mrr")]])
-        found.append({"name": row.name, "paper": row.paper, "new": values[-1][new].mean(0).tolist(), **took})
+        found.append(
+            {"name": row.name, "paper": row.paper, "new": values[-1][new].mean(0).tolist() if new.any() else [], **took}
+        )
         print(f"{row.name}: {values[-1].mean(0).round(4).tolist()} in {took['seconds']} s", flush=True)
     text = table(np.stack(values, axis=1), users, int(new.sum()), found)
     (chosen.out / f"{chosen.table}.md").write_text(text + "\n")

@@ -33,10 +33,11 @@ from pipeline.contracts.replica import map_rows
 from pipeline.contracts.rows import Table, describe_rows, read_own_rows
 from pipeline.contracts.sharding import count_shards, shard_bounds
 from pipeline.contracts.storage import Storage
+from pipeline.inference.comparing import as_bits, rows_with, same_lists, same_shards, same_vectors
 from pipeline.inference.halves import as_single
 from pipeline.inference.network import Array, Network, filled, in_blocks
 from pipeline.inference.reducers import key_of, read_lists, with_keys
-from pipeline.inference.sums import add_rows, exponent_of, quantum
+from pipeline.inference.sums import add_rows, exponent_of, largest_of, quantum
 from pipeline.inference.vectors import as_stored, describe_embeddings, statistics
 from pipeline.spark import Task, run_tasks
 from pipeline.steps import Made, Output, Report, run_step
@@ -189,7 +190,7 @@ class Incremental:
         following_names = () if is_last else (f"hidden-{layer + 1}", f"projected-{layer + 2}")
         old = [self._old(name) for name in following_names]
         moved = open_manifest(storage, f"{AGAIN}/hidden-{layer}-ids") if layer else None
-        earlier, publish = self._earlier, self._publish
+        earlier, publish, num_items = self._earlier, self._publish, self._num_items
 
         def make(task: Task) -> tuple[Sequence[Made], Report]:
             start, stop = bounds(task["shard"])
@@ -201,8 +202,7 @@ class Incremental:
                 own_ids = read_own_rows(storage, moved, task["shard"])[:, 0].astype(np.int64)
                 reached[own_ids - start] = True
             indptr, found = arrow_to_lists(lists.column("neighbours"))
-            hits = np.concatenate([[0], np.cumsum(table.has(found))])
-            reached |= hits[indptr[1:]] > hits[indptr[:-1]]
+            reached |= rows_with(as_bits(table.new_ids, num_items), indptr, found)
             ids = start + np.flatnonzero(reached)
             index, weights = network.lists(layer, *read_lists(lists.take(ids - start)))
             own = own_of(task["shard"], ids)
@@ -293,7 +293,7 @@ class Incremental:
         shards = np.searchsorted(ends, known, side="right")
         values = old_rows(self._earlier, old, known, self._cache).max(axis=1, initial=0)
         tops = np.array(old.metadata["largest"])[shards]
-        return {"largest": float(made.max(initial=0)), "tops": np.unique(shards[values >= tops]).tolist()}
+        return {"largest": largest_of(made), "tops": np.unique(shards[values >= tops]).tolist()}
 
     def _again(self, label: str, names: Sequence[str], make: Callable[[Task], tuple[Sequence[Made], Report]]) -> int:
         """A step that makes parts of layers again, the last of messages; returns of how many items."""
@@ -322,7 +322,7 @@ class Incremental:
                 own = np.ones(len(rows), np.bool_)
                 gone = all_ids(storage, ids).astype(np.int64) - firsts[task["shard"]]
                 own[gone[(gone >= 0) & (gone < len(rows))]] = False
-                return {"largest": float(rows[own].max(initial=0))}
+                return {"largest": largest_of(rows[own])}
 
             tasks = [{"shard": shard} for shard in lost]
             found = run_tasks(self._spark, tasks, look, f"inference: largest values of {name}")
@@ -339,7 +339,7 @@ class Incremental:
 
             def make(task: Task, overlay: Callable[[], Overlay] = overlay) -> tuple[Sequence[Made], Report]:
                 rows = overlay().rows(np.arange(*bounds(task["shard"])))
-                return [rows], {"largest": float(rows.max(initial=0))}
+                return [rows], {"largest": largest_of(rows)}
 
             def describe(reports: list[Report], told: dict[str, Any] = told) -> dict[str, Any]:
                 return {**told, "largest": [report["largest"] for report in reports]}
@@ -360,18 +360,15 @@ class Overlay:
     """A layer of an earlier run, and above it the rows that were made again."""
 
     old: Table
-    num_old: int
     new_ids: NDArray[np.integer]
-    new_rows: Array
+    new: Table
 
     @classmethod
     def open(
         cls, earlier: Earlier, old: Manifest, storage: Storage, ids: Manifest, rows: Manifest, cache: str | None
     ) -> Overlay:
         """Map both."""
-        numbers = all_ids(storage, ids)
-        new = np.concatenate([read_own_rows(storage, rows, shard) for shard in range(len(rows.shards))])
-        return cls(map_rows(earlier.storage, old, cache), old.num_rows, numbers, new)
+        return cls(map_rows(earlier.storage, old, cache), all_ids(storage, ids), map_rows(storage, rows, cache))
 
     def _slots(self, ids: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         slots = np.searchsorted(self.new_ids, ids)
@@ -379,15 +376,11 @@ class Overlay:
         is_new[is_new] = self.new_ids[slots[is_new]] == ids[is_new]
         return np.where(is_new, slots, 0), is_new
 
-    def has(self, ids: NDArray[np.integer]) -> NDArray[np.bool_]:
-        """Which of the items, of any shape, were made again."""
-        return self._slots(ids)[1]
-
     def rows(self, ids: NDArray[np.integer]) -> Array:
         """Rows [n, width] of items."""
         slots, is_new = self._slots(ids)
         result: Array = self.old.rows[self.old.places(np.where(is_new, 0, ids))]
-        result[is_new] = self.new_rows[slots[is_new]]
+        result[is_new] = self.new.rows[self.new.places(slots[is_new])]
         return result
 
     def sums(
@@ -409,7 +402,8 @@ class Overlay:
         )
         if is_new.any():
             shares = np.where(is_new, weights, np.float32(0)).reshape(-1)
-            add_rows(self.new_rows, indptr, slots.reshape(-1), shares, unit, out, reduction)
+            places = self.new.places(slots).reshape(-1)
+            add_rows(self.new.rows, indptr, places, shares, unit, out, reduction)
         return out
 
 
@@ -426,41 +420,3 @@ def old_rows(earlier: Earlier, old: Manifest, ids: NDArray[np.int64], cache: str
     table = map_rows(earlier.storage, old, cache)
     rows: Array = table.rows[table.places(ids)]
     return rows
-
-
-def same_shards(now: Manifest, then: Manifest, start: int, stop: int) -> bool:
-    """Whether rows [start, stop) lie in shards of the same bytes, so that nobody has to look."""
-
-    def covering(manifest: Manifest) -> list[tuple[int, str]]:
-        firsts = np.concatenate([[0], np.cumsum([shard.rows for shard in manifest.shards])])
-        return [
-            (int(firsts[number]), shard.sha256)
-            for number, shard in enumerate(manifest.shards)
-            if firsts[number] < stop and firsts[number + 1] > start
-        ]
-
-    return covering(now) == covering(then)
-
-
-def same_vectors(now: Array, then: Array) -> NDArray[np.bool_]:
-    """Which rows [n, width] have the same bits."""
-    if now.dtype != then.dtype or now.shape != then.shape:
-        return np.zeros(len(now), np.bool_)
-    kind = f"u{now.dtype.itemsize}"
-    result: NDArray[np.bool_] = (now.view(kind) == then.view(kind)).all(axis=1)
-    return result
-
-
-def same_lists(now: pa.Table, then: pa.Table) -> NDArray[np.bool_]:
-    """Which rows of NEIGHBOURS are the same, ids and weights."""
-    (starts, ids), (_, weights) = (arrow_to_lists(now.column(name)) for name in ("neighbours", "weights"))
-    (old_starts, old_ids), (_, old_weights) = (arrow_to_lists(then.column(name)) for name in ("neighbours", "weights"))
-    same = np.diff(starts) == np.diff(old_starts)
-    rows = np.flatnonzero(same)
-    lengths = np.diff(starts)[rows]
-    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    places, old_places = (np.repeat(bounds[rows], lengths) + within for bounds in (starts, old_starts))
-    differ = (ids[places] != old_ids[old_places]) | (weights[places].view("u4") != old_weights[old_places].view("u4"))
-    same[np.unique(np.repeat(rows, lengths)[differ])] = False
-    found: NDArray[np.bool_] = same
-    return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import numba
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -24,11 +25,12 @@ from pipeline.contracts.datasets import (
     vectors_to_arrow,
 )
 from pipeline.contracts.errors import DataError
-from pipeline.contracts.replica import map_rows, padded
+from pipeline.contracts.replica import map_rows
 from pipeline.contracts.sharding import count_shards, shard_bounds
 from pipeline.contracts.storage import Storage
 from pipeline.inference.network import Array, Lists, Network
 from pipeline.inference.sums import add_rows
+from pipeline.mixing import read_only
 from pipeline.steps import Made, Output, Report
 
 Sums = Callable[[slice], NDArray[np.int32]]
@@ -128,16 +130,33 @@ def read_lists(table: pa.Table) -> Lists:
     """
     indptr, ids = arrow_to_lists(table.column("neighbours"))
     _, weights = arrow_to_lists(table.column("weights"))
-    rows, width = np.arange(table.num_rows), max(1, int(np.diff(indptr).max(initial=0)))
-    shares = padded(indptr, weights, rows, width, np.float32)
-    total = shares.sum(axis=1, dtype=np.float64)
-    if len(shares) and (not shares.min() >= 0 or not total.max() < 1.01):
-        row = int(np.argmax(~((total < 1.01) & (shares.min(axis=1) >= 0))))
+    shape = table.num_rows, max(1, int(np.diff(indptr).max(initial=0)))
+    index, shares = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
+    row = _spread(read_only(indptr, np.int64), read_only(ids), read_only(weights), index, shares)
+    if row >= 0:
+        total = float(shares[row].sum(dtype=np.float64))
         raise DataError(
             f"the neighbours of item {table.column('id')[row].as_py()} have weights from {shares[row].min():g}, in all "
-            f"{total[row]:g}, expected shares of 1; run `pinsage walks --force`"
+            f"{total:g}, expected shares of 1; run `pinsage walks --force`"
         )
-    return padded(indptr, ids, rows, width, np.int64), shares
+    return index, shares
+
+
+@numba.njit(nogil=True, cache=True)
+def _spread(indptr: Any, ids: Any, weights: Any, index: Any, shares: Any) -> Any:
+    """Lists to rows; returns the first row whose weights are no shares of 1, or -1."""
+    bad = -1
+    for row in range(len(indptr) - 1):
+        start, total, least = indptr[row], 0.0, np.float32(0)
+        for place in range(indptr[row + 1] - start):
+            index[row, place] = ids[start + place]
+            weight = weights[start + place]
+            shares[row, place] = weight
+            total += weight
+            least = weight if not weight >= least else least
+        if bad < 0 and not (total < 1.01 and least >= 0):
+            bad = row
+    return bad
 
 
 def key_of(storage: Storage, items: Manifest, item: int) -> str:

@@ -34,7 +34,7 @@ from pipeline.inference.halves import as_single
 from pipeline.inference.incremental import AGAIN, Incremental, TooDifferentError, find_earlier
 from pipeline.inference.network import Array, Network, filled, in_blocks
 from pipeline.inference.reducers import Gather, Reducer
-from pipeline.inference.sums import exponent_of, quantum
+from pipeline.inference.sums import exponent_of, largest_of, quantum
 from pipeline.inference.vectors import as_stored, describe_embeddings, statistics
 from pipeline.spark import Task, say
 from pipeline.steps import Made, Output, Report, run_step
@@ -212,4 +212,4 @@ def _dataset(name: str) -> str:
 
 
 def _widths(**arrays: Array) -> Report:
-    return {name: {"width": array.shape[1], "largest": float(array.max(initial=0))} for name, array in arrays.items()}
+    return {name: {"width": array.shape[1], "largest": largest_of(array)} for name, array in arrays.items()}
