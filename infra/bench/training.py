@@ -46,7 +46,7 @@ from infra.bench import generate, measure
 from model import distributed
 from model.lifetime import ALLOCATOR, choose_allocator
 from model.loader import Loader, Position
-from model.trainer import Trainer
+from model.trainer import Trainer, emulates_bfloat16
 from pipeline.contracts import schemas
 from pipeline.contracts.config import TrainingResources, parse_settings
 from pipeline.contracts.datasets import Lineage, Shard, commit, lists_to_arrow, vectors_to_arrow, write_shard
@@ -431,7 +431,8 @@ def measure_speed(folder: Path, world: World, batch: int, rounds: int, steps: in
             variants.pop("ours, dgl layers", None)
         for name, (model, training) in variants.items():
             ours = Ours(here, batch, world.seed, model, training)
-            cases[f"{name} T={count}"] = Case(ours.round, few if "message_passing" in model else steps)
+            slow = "message_passing" in model or (bool(training) and emulates_bfloat16())
+            cases[f"{name} T={count}"] = Case(ours.round, few if slow else steps)
         if peer:
             cases[f"DGL T={count}"] = Case(peer.round, few)
     found = alternate(cases, rounds)

@@ -21,11 +21,13 @@ def make_reducer(
 ) -> Reducer:
     """The reducer that the settings name, or the first that fits; says which, and why."""
     if not network.num_layers:
-        return Gather(storage, settings, network)
+        return Gather(storage, settings, lineage, network)
     name, reason = choose(settings, open_manifest(storage, schemas.ITEMS).num_rows)
     say(f"inference: {name}, {reason}")
     return (
-        Gather(storage, settings, network) if name == "gather" else Shuffle(spark, storage, settings, lineage, network)
+        Gather(storage, settings, lineage, network)
+        if name == "gather"
+        else Shuffle(spark, storage, settings, lineage, network)
     )
 
 

@@ -36,9 +36,10 @@ from pipeline.contracts.storage import Storage
 from pipeline.inference.comparing import as_bits, rows_with, same_lists, same_shards, same_vectors
 from pipeline.inference.halves import as_single
 from pipeline.inference.network import Array, Network, filled, in_blocks
-from pipeline.inference.reducers import key_of, read_lists, with_keys
+from pipeline.inference.publishing import Publisher
+from pipeline.inference.reducers import key_of, read_lists
 from pipeline.inference.sums import add_rows, exponent_of, largest_of, quantum
-from pipeline.inference.vectors import as_stored, describe_embeddings, statistics
+from pipeline.inference.vectors import as_stored
 from pipeline.spark import Task, run_tasks
 from pipeline.steps import Made, Output, Report, run_step
 
@@ -122,6 +123,7 @@ class Incremental:
         )
         self._num_items = self._items.num_rows
         self._num_shards = count_shards(self._num_items, settings.resources.rows_per_shard)
+        self._publisher = Publisher(storage, settings, lineage)
         self.remade: dict[str, int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -234,11 +236,11 @@ class Incremental:
         if not is_last:
             self.remade[f"vectors of layer {layer + 1}"] = self._again(label, following_names, make)
             return
-        before = self.remade
+        before, publisher = self.remade, self._publisher
 
         def describe(reports: list[Report]) -> dict[str, Any]:
             made = sum(report["remade"] for report in reports)
-            return {**describe_embeddings(reports), "remade": {**before, "embeddings": made}}
+            return {**publisher.describe(reports), "remade": {**before, "embeddings": made}}
 
         self._step(label, [Output(schemas.EMBEDDINGS, describe=describe)], make)
 
@@ -253,7 +255,7 @@ class Incremental:
             rows = read_rows(self._earlier.storage, self._earlier.embeddings, start, start + known, ["embedding"])
             whole[:known] = arrow_to_vectors(rows.column("embedding"))
         whole[ids - start] = vectors
-        return with_keys(self._storage, self._items, start, stop, whole), statistics(whole)
+        return self._publisher.rows(start, stop, whole)
 
     def _own(self, layer: int) -> Callable[[int, NDArray[np.int64]], Callable[[slice], Array]]:
         """Of some items of a shard: what they are before a layer, by blocks."""

@@ -17,25 +17,25 @@ from numpy.typing import NDArray
 from pipeline.contracts import schemas
 from pipeline.contracts.config import Settings
 from pipeline.contracts.datasets import (
+    Lineage,
     Manifest,
     arrow_to_lists,
     arrow_to_vectors,
     open_manifest,
     read_rows,
-    vectors_to_arrow,
 )
 from pipeline.contracts.errors import DataError
 from pipeline.contracts.replica import map_rows
 from pipeline.contracts.sharding import count_shards, shard_bounds
 from pipeline.contracts.storage import Storage
 from pipeline.inference.network import Array, Lists, Network
+from pipeline.inference.publishing import Publisher
 from pipeline.inference.sums import add_rows
 from pipeline.mixing import read_only
 from pipeline.steps import Made, Output, Report
 
 Sums = Callable[[slice], NDArray[np.int32]]
 """Of a shard: the sums [n, m] of some of its rows."""
-Describe = Callable[[list[Report]], dict[str, Any]]
 
 
 class Reducer(Protocol):
@@ -55,11 +55,11 @@ class Reducer(Protocol):
     def sums(self, layer: int, projected: Manifest, unit: float) -> Callable[[int], Sums]:
         """Of a shard: what its items' neighbours say, summed in multiples of unit; may run steps of its own first."""
 
-    def embedded(self, describe: Describe) -> Output:
-        """What the step that makes the embeddings writes; describe makes the metadata of EMBEDDINGS."""
+    def embedded(self) -> Output:
+        """What the step that makes the embeddings writes."""
 
-    def made_of(self, shard: int, vectors: Array) -> Made:
-        """A shard's embeddings as that."""
+    def made_of(self, shard: int, vectors: Array) -> tuple[Made, Report]:
+        """A shard's embeddings as that, and its report."""
 
     def finish(self) -> None:
         """Make EMBEDDINGS of it, where it is not that yet."""
@@ -68,8 +68,9 @@ class Reducer(Protocol):
 class Gather:
     """Shards of consecutive items; every host maps the whole layer."""
 
-    def __init__(self, storage: Storage, settings: Settings, network: Network) -> None:
+    def __init__(self, storage: Storage, settings: Settings, lineage: Lineage, network: Network) -> None:
         self._storage, self._network, self._cache = storage, network, settings.resources.cache
+        self._publisher = Publisher(storage, settings, lineage)
         self._features, self._neighbours, self._items = (
             open_manifest(storage, d) for d in (schemas.FEATURES, schemas.NEIGHBOURS, schemas.ITEMS)
         )
@@ -113,11 +114,11 @@ class Gather:
 
         return of
 
-    def embedded(self, describe: Describe) -> Output:
-        return Output(schemas.EMBEDDINGS, describe=describe)
+    def embedded(self) -> Output:
+        return Output(schemas.EMBEDDINGS, describe=self._publisher.describe)
 
-    def made_of(self, shard: int, vectors: Array) -> Made:
-        return with_keys(self._storage, self._items, *self._bounds(shard), vectors)
+    def made_of(self, shard: int, vectors: Array) -> tuple[Made, Report]:
+        return self._publisher.rows(*self._bounds(shard), vectors)
 
     def finish(self) -> None:
         pass
@@ -162,9 +163,3 @@ def _spread(indptr: Any, ids: Any, weights: Any, index: Any, shares: Any) -> Any
 def key_of(storage: Storage, items: Manifest, item: int) -> str:
     """The caller's key of an item."""
     return str(read_rows(storage, items, item, item + 1, ["key"]).column("key")[0])
-
-
-def with_keys(storage: Storage, items: Manifest, start: int, stop: int, vectors: Array) -> pa.Table:
-    """Rows of EMBEDDINGS of consecutive items."""
-    known = read_rows(storage, items, start, stop, ["key", "id"])
-    return pa.table({"key": known.column("key"), "id": known.column("id"), "embedding": vectors_to_arrow(vectors)})

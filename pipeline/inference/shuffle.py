@@ -37,7 +37,8 @@ from pipeline.contracts.sharding import count_shards, shard_bounds, shard_of
 from pipeline.contracts.storage import Storage
 from pipeline.exchange import each_block, gather
 from pipeline.inference.network import Array, Network
-from pipeline.inference.reducers import Describe, Sums, key_of, read_lists, with_keys
+from pipeline.inference.publishing import Publisher
+from pipeline.inference.reducers import Sums, key_of, read_lists
 from pipeline.inference.sums import WIRE_BYTES, add_rows
 from pipeline.spark import Task
 from pipeline.steps import BlockStream, Made, Output, Report, run_step
@@ -204,6 +205,7 @@ class Shuffle:
         self.num_shards = count_shards(self._num_items, settings.resources.rows_per_shard)
         self._edges = Edges(spark, storage, settings, network, self.num_shards)
         self._content_schema = read_shard(storage, features, 0, ["id", "features"]).schema
+        self._publisher = Publisher(storage, settings, lineage)
         self._send_content(features)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -309,27 +311,28 @@ class Shuffle:
 
     # ------------------------------------------------------------------------------------------ embeddings
 
-    def embedded(self, describe: Describe) -> Output:
-        return Output(f"{_LAYERS}/embedded", destinations=self.num_shards, describe=describe)
+    def embedded(self) -> Output:
+        return Output(f"{_LAYERS}/embedded", destinations=self.num_shards, describe=lambda reports: reports[0])
 
-    def made_of(self, shard: int, vectors: Array) -> Made:
+    def made_of(self, shard: int, vectors: Array) -> tuple[Made, Report]:
         ids = self.ids(shard)
         table = pa.table({"id": pa.array(ids, pa.uint32()), "embedding": vectors_to_arrow(vectors)})
-        return table, shard_of(ids, self._num_items, self.num_shards)
+        told = {"width": vectors.shape[1], "dtype": vectors.dtype.str}
+        return (table, shard_of(ids, self._num_items, self.num_shards)), told
 
     def finish(self) -> None:
-        storage, items, num_items, num_shards = self._storage, self._items, self._num_items, self.num_shards
+        storage, num_items, num_shards, publisher = self._storage, self._num_items, self.num_shards, self._publisher
         sent = open_manifest(storage, f"{_LAYERS}/embedded")
-        told = {name: value for name, value in sent.metadata.items() if name != "destinations"}
-        element = pa.field("element", pa.from_numpy_dtype(np.dtype(told["dtype"])), nullable=False)
-        schema = pa.schema([("id", pa.uint32()), ("embedding", pa.list_(element, told["width"]))])
+        element = pa.field("element", pa.from_numpy_dtype(np.dtype(sent.metadata["dtype"])), nullable=False)
+        schema = pa.schema([("id", pa.uint32()), ("embedding", pa.list_(element, sent.metadata["width"]))])
 
         def order(task: Task) -> tuple[Sequence[Made], Report]:
             rows = gather(storage, sent, task["shard"], schema).sort_by("id")
             vectors = arrow_to_vectors(rows.column("embedding"))
-            return [with_keys(storage, items, *shard_bounds(num_items, num_shards, task["shard"]), vectors)], {}
+            table, report = publisher.rows(*shard_bounds(num_items, num_shards, task["shard"]), vectors)
+            return [table], report
 
-        output = Output(schemas.EMBEDDINGS, describe=lambda _: told)
+        output = Output(schemas.EMBEDDINGS, describe=publisher.describe)
         self._step("embeddings in order", num_shards, [output], order)
 
     def _step(

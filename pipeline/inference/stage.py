@@ -35,7 +35,7 @@ from pipeline.inference.incremental import AGAIN, Incremental, TooDifferentError
 from pipeline.inference.network import Array, Network, filled, in_blocks
 from pipeline.inference.reducers import Gather, Reducer
 from pipeline.inference.sums import exponent_of, largest_of, quantum
-from pipeline.inference.vectors import as_stored, describe_embeddings, statistics
+from pipeline.inference.vectors import as_stored
 from pipeline.spark import Task, say
 from pipeline.steps import Made, Output, Report, run_step
 
@@ -140,10 +140,11 @@ class Layers:
 
             made = in_blocks(block, count)
             if is_last:
-                return [made_of(shard, made[0])], statistics(made[0])
+                rows, report = made_of(shard, made[0])
+                return [rows], report
             return made, _widths(hidden=made[0], projected=made[1])
 
-        outputs = [self.reducer.embedded(describe_embeddings)]
+        outputs = [self.reducer.embedded()]
         if not is_last:
             outputs = [self._raw(f"hidden-{layer + 1}", "hidden"), self._raw(f"projected-{layer + 2}", "projected")]
         self._step(f"combine layer {layer + 1}", outputs, make)
@@ -157,9 +158,10 @@ class Layers:
         def make(task: Task) -> tuple[Sequence[Made], Report]:
             (count, own), keep = hidden(task["shard"]), stored(task["shard"])
             vectors = in_blocks(lambda part: keep(part, network.head(own(part))), count)
-            return [made_of(task["shard"], vectors)], statistics(vectors)
+            rows, report = made_of(task["shard"], vectors)
+            return [rows], report
 
-        self._step("head", [self.reducer.embedded(describe_embeddings)], make)
+        self._step("head", [self.reducer.embedded()], make)
 
     def _hidden(self, layer: int) -> Callable[[int], tuple[int, Callable[[slice], Array]]]:
         """Of a shard: its rows, and its items' vectors by blocks: the previous layer's, or standardised features."""

@@ -1,16 +1,14 @@
-"""Vectors as they are stored, and what is told of them."""
+"""Vectors as they are stored."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
 from pipeline.contracts.errors import DataError
 from pipeline.inference.halves import as_half, as_single
 from pipeline.inference.network import Array
-from pipeline.steps import Report
 
 
 def as_stored(vectors: Array, dtype: str, name: Callable[[int], str]) -> Array:
@@ -32,30 +30,3 @@ def as_stored(vectors: Array, dtype: str, name: Callable[[int], str]) -> Array:
         f"item {name(row)} got an embedding with NaN or infinity: the model has diverged; run `pinsage train --force` "
         "with a smaller task.training.learning_rate"
     )
-
-
-def statistics(vectors: Array) -> Report:
-    """Of a shard's embeddings: how many, how many are all zeros, and their lengths."""
-    norms = np.linalg.norm(vectors.astype(np.float64), axis=1)
-    return {
-        "items": len(norms),
-        "zeros": int((norms == 0).sum()),
-        "norm_sum": float(norms.sum()),
-        "norm_squares": float((norms**2).sum()),
-        "norms": [float(norms.min()), float(norms.max())] if len(norms) else [],
-        "width": vectors.shape[1],
-        "dtype": vectors.dtype.str,
-    }
-
-
-def describe_embeddings(reports: list[Report]) -> dict[str, Any]:
-    """What the manifest says of all embeddings."""
-    items = sum(report["items"] for report in reports)
-    mean = sum(report["norm_sum"] for report in reports) / max(1, items)
-    squares = sum(report["norm_squares"] for report in reports) / max(1, items)
-    norms = [norm for report in reports for norm in report["norms"]]
-    return {
-        "items": items, "zeros": sum(report["zeros"] for report in reports), "norm_mean": mean,
-        "norm_deviation": max(0.0, squares - mean**2) ** 0.5, "norm_least": min(norms, default=0.0),
-        "norm_most": max(norms, default=0.0), "width": reports[0]["width"], "dtype": reports[0]["dtype"],
-    }  # fmt: skip

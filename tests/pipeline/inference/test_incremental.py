@@ -90,6 +90,12 @@ def embed(
     return arrow_to_vectors(read_table(storage, manifest).column("embedding")), manifest.metadata
 
 
+def cosines(one: Array, other: Array) -> Array:
+    """Row by row; 1 where there is nothing to compare."""
+    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+    return np.where(lengths > 0, (one * other).sum(axis=1) / np.where(lengths > 0, lengths, 1), 1.0)
+
+
 @pytest.mark.parametrize("inference", [{}, {"layer_dtype": "float16"}])
 def test_what_changed_is_made_again_to_the_bytes_of_a_whole_run(
     spark: SparkSession, tmp_path: Path, inference: dict[str, Any]
@@ -113,6 +119,10 @@ def test_what_changed_is_made_again_to_the_bytes_of_a_whole_run(
     remade = told["remade"]
     assert remade["changed items"] == 2 + 1 + 6
     assert remade["messages of layer 1"] == 2 + 6
+    drift, moved = told["drift"], cosines(again[:94], before) < 0.99
+    assert (drift["compared"], drift["same_model"]) == (94, True)
+    assert drift["moved_share"] == pytest.approx(moved.mean())
+    assert drift["cosine_mean"] == pytest.approx(cosines(again[:94], before).mean(), abs=1e-6)
     assert 9 < remade["vectors of layer 1"] <= remade["embeddings"] <= 40
     # the third night goes on from the second's kept layers, cut otherwise, and ends a chain of two
     changed.features[20] += np.float32(0.5)
@@ -133,6 +143,7 @@ def test_nothing_changed_nothing_is_made(spark: SparkSession, tmp_path: Path) ->
     after, told = embed(spark, second, network, previous=first)
     np.testing.assert_array_equal(before, after)
     assert not any(told["remade"].values())
+    assert told["drift"] == {"compared": 40, "same_model": True, "cosine_mean": 1, "moved_share": 0}
 
 
 def another_model(world: World, storage: Storage) -> None:
@@ -171,4 +182,5 @@ def test_what_cannot_be_gone_on_from_is_made_whole(
     found, told = embed(spark, second, network, previous=first)
     assert reason in capfd.readouterr().err
     assert "remade" not in told
+    assert told["drift"]["same_model"] == (change is not another_model)
     np.testing.assert_array_equal(found, embed(spark, whole, network)[0])

@@ -178,6 +178,8 @@ def test_all_ways_give_the_bytes_of_one_and_the_values_of_whole_matrices(
         norms = np.linalg.norm(expected, axis=1)
         assert told["norm_mean"] == pytest.approx(norms.mean())
         assert (told["items"], told["zeros"]) == (NUM_ITEMS, int((norms == 0).sum()))
+        assert told["spread"] == pytest.approx(((expected - expected.mean(axis=0)) ** 2).sum(axis=1).mean(), rel=1e-4)
+        assert (told["without_edges"], told["drift"]) == (NUM_ITEMS, None)
 
 
 def test_half_precision_layers_are_near_and_shuffled_as_gathered(spark: SparkSession, storage: Storage) -> None:

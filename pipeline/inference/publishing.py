@@ -1,0 +1,128 @@
+"""EMBEDDINGS as they are published, and what the manifest says of them: lengths, coverage, drift since last time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from pipeline.contracts import schemas
+from pipeline.contracts.config import Settings
+from pipeline.contracts.datasets import (
+    Lineage,
+    Manifest,
+    arrow_to_vectors,
+    find_manifest,
+    open_manifest,
+    read_rows,
+    vectors_to_arrow,
+)
+from pipeline.contracts.errors import PipelineError
+from pipeline.contracts.storage import Storage
+from pipeline.inference.halves import as_single
+from pipeline.inference.network import Array
+from pipeline.steps import Report
+
+STILL = 0.99
+"""An item whose embedding has a smaller cosine with its former one has moved."""
+
+
+class Publisher:
+    """Rows of EMBEDDINGS from vectors of consecutive items; goes along to tasks."""
+
+    def __init__(self, storage: Storage, settings: Settings, lineage: Lineage) -> None:
+        self._storage, self._items = storage, open_manifest(storage, schemas.ITEMS)
+        self._missing = open_manifest(storage, schemas.FEATURES).metadata.get("missing", {})
+        self._earlier, self._former = _former(settings.task.data.previous)
+        model = schemas.MODEL.name
+        self._same_model = self._former is not None and self._former.lineage.inputs.get(model) == lineage.inputs.get(
+            model
+        )
+
+    def rows(self, start: int, stop: int, vectors: Array) -> tuple[pa.Table, Report]:
+        """The rows of items [start, stop), and what describe needs of them."""
+        known = read_rows(self._storage, self._items, start, stop, ["key", "id", "degree"])
+        table = pa.table({"key": known["key"], "id": known["id"], "embedding": vectors_to_arrow(vectors)})
+        report = {**_statistics(vectors), "without_edges": pc.sum(pc.equal(known["degree"], 0)).as_py() or 0}
+        return table, report | {"drift": self._drift(start, known["key"], vectors)}
+
+    def describe(self, reports: list[Report]) -> dict[str, Any]:
+        """What the manifest says of all embeddings.
+
+        spread is the mean squared distance from their mean: 0 where all are alike. missing_content counts items by
+        column of the content; drift is None where no earlier run has embeddings of the same width.
+        """
+        items = sum(report["items"] for report in reports)
+        number = max(1, items)
+        mean = sum(report["norm_sum"] for report in reports) / number
+        squares = sum(report["norm_squares"] for report in reports) / number
+        centre = np.sum([report["sums"] for report in reports], axis=0) / number
+        norms = [norm for report in reports for norm in report["norms"]]
+        return {
+            "items": items, "zeros": sum(report["zeros"] for report in reports), "norm_mean": mean,
+            "norm_deviation": max(0.0, squares - mean**2) ** 0.5, "norm_least": min(norms, default=0.0),
+            "norm_most": max(norms, default=0.0), "spread": max(0.0, squares - float(centre @ centre)),
+            "without_edges": sum(report["without_edges"] for report in reports), "missing_content": self._missing,
+            "drift": self._described_drift([report["drift"] for report in reports if report["drift"]]),
+            "width": len(centre),
+        }  # fmt: skip
+
+    def _drift(self, start: int, keys: pa.ChunkedArray, vectors: Array) -> Report | None:
+        """Of the items that the earlier run numbers alike: how far they are from where they were."""
+        former, earlier = self._former, self._earlier
+        if former is None or earlier is None or start >= former.num_rows:
+            return None
+        rows = read_rows(earlier, former, start, min(start + len(keys), former.num_rows), ["key", "embedding"])
+        then = as_single(arrow_to_vectors(rows["embedding"]))
+        if then.shape[1] != vectors.shape[1]:
+            return None
+        same = pc.equal(keys.slice(0, len(then)), rows["key"]).to_numpy()
+        now = as_single(vectors[: len(then)])
+        lengths = np.sqrt(_products(now, now) * _products(then, then))
+        cosines = np.where(lengths > 0, _products(now, then) / np.where(lengths > 0, lengths, 1), 1.0)[same]
+        return {"compared": len(cosines), "cosines": float(cosines.sum()), "moved": int((cosines < STILL).sum())}
+
+    def _described_drift(self, reports: list[Report]) -> dict[str, Any] | None:
+        compared = sum(report["compared"] for report in reports)
+        if not compared:
+            return None
+        return {
+            "compared": compared, "same_model": self._same_model,
+            "cosine_mean": sum(report["cosines"] for report in reports) / compared,
+            "moved_share": sum(report["moved"] for report in reports) / compared,
+        }  # fmt: skip
+
+
+def _former(url: str | None) -> tuple[Storage | None, Manifest | None]:
+    """The earlier run and its embeddings, if it has any that can be read."""
+    if url is None:
+        return None, None
+    try:
+        storage = Storage(url)
+        return storage, find_manifest(storage, schemas.EMBEDDINGS)
+    except PipelineError:
+        return None, None
+
+
+def _products(one: Array, other: Array) -> NDArray[np.float64]:
+    """Inner products row by row [n]."""
+    products: NDArray[np.float64] = np.einsum("ij,ij->i", one, other, dtype=np.float64)
+    return products
+
+
+def _statistics(vectors: Array) -> Report:
+    """Of a shard's embeddings: how many, how many are all zeros, their lengths, and their sum."""
+    single = as_single(vectors)
+    squares = _products(single, single)
+    norms = np.sqrt(squares)
+    return {
+        "items": len(norms),
+        "zeros": int((norms == 0).sum()),
+        "norm_sum": float(norms.sum()),
+        "norm_squares": float(squares.sum()),
+        "norms": [float(norms.min()), float(norms.max())] if len(norms) else [],
+        "sums": single.sum(axis=0, dtype=np.float64).tolist(),
+    }
