@@ -13,8 +13,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jobs.embed import PANEL as EMBED_PANEL
-from jobs.embed import embed_command
 from jobs.plan import PANEL, plan_command
 from jobs.stage import ForceOption, OverrideOption, SettingsOption, exit_codes, lineage_of, run_stages, stage_command
 from pipeline import report
@@ -46,7 +44,6 @@ def main() -> None:
 
 for _stage in schemas.STAGES:
     app.command(_stage.name, rich_help_panel="Stages, in order")(stage_command(_stage))
-app.command("embed", rich_help_panel=EMBED_PANEL)(embed_command)
 app.command("plan", rich_help_panel=PANEL)(plan_command)
 
 
@@ -116,6 +113,27 @@ def query(
         for place, (key, score) in enumerate(zip(keys, scores, strict=True), 1):
             table.add_row(str(place), f"{score:.3f}", escape(key), escape(titles.get(key) or ""))
         console.print(table)
+
+
+@app.command(rich_help_panel="Looking at a run")
+def embed(
+    items: Annotated[str, typer.Argument(help="Items: a file like those of task.data.items.")],
+    interactions: Annotated[
+        str | None, typer.Option(help="Who touched them: a file with the user and item columns of your interactions.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A Parquet file to write; without it, JSON lines are printed.")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", min=0, help="Also the keys of this many nearest items of the catalogue.")] = 0,
+    settings: SettingsOption = "pinsage.yaml",
+    override: OverrideOption = None,
+) -> None:
+    """Embed items that are not in the catalogue yet, from content and a few interactions; needs no Spark."""
+    with exit_codes():
+        from jobs.embed import embed_files
+
+        told = Console(stderr=True, highlight=False)
+        embed_files(load_settings(settings, override or ()), items, interactions, output, k, told)
 
 
 @app.command(rich_help_panel="Setting up")

@@ -14,28 +14,25 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import typer
 from numpy.typing import NDArray
 from rich.console import Console
 
 from jobs.inference import load_network
-from jobs.stage import OverrideOption, SettingsOption, exit_codes
 from pipeline import sources
 from pipeline.contracts import schemas
 from pipeline.contracts.config import ItemsSource, Settings, load_settings
 from pipeline.contracts.datasets import open_manifest, vectors_to_arrow
 from pipeline.contracts.errors import DataError, SettingsError
 from pipeline.contracts.storage import Storage
-from pipeline.inference.newcomers import Newcomers, content_of
 from pipeline.input_files import Piece, check_columns, find_files, read_piece
+from pipeline.newcomers import Newcomers, content_of
 
 _WHOLE_FILE = 1 << 62
-PANEL = "Looking at a run"
 
 
 class Embedder:
@@ -137,38 +134,24 @@ class Embedder:
         return keys, self._newcomers.embed(content_of(cleaned), touched)
 
 
-def embed_command(
-    items: Annotated[str, typer.Argument(help="Items: a file like those of task.data.items.")],
-    interactions: Annotated[
-        str | None, typer.Option(help="Who touched them: a file with the user and item columns of your interactions.")
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="A Parquet file to write; without it, JSON lines are printed.")
-    ] = None,
-    k: Annotated[int, typer.Option("-k", min=0, help="Also the keys of this many nearest items of the catalogue.")] = 0,
-    settings: SettingsOption = "pinsage.yaml",
-    override: OverrideOption = None,
+def embed_files(
+    settings: Settings, items: str, interactions: str | None, output: Path | None, k: int, console: Console
 ) -> None:
-    """Embed items that are not in the catalogue yet, from content and a few interactions; needs no Spark."""
-    with exit_codes():
-        loaded = load_settings(settings, override or ())
-        embedder = Embedder.open(loaded)
-        keys, vectors = embedder.embed_file(items, embedder.users_of(interactions) if interactions else None)
-        columns: dict[str, Any] = {"key": keys}
-        if k:
-            from pipeline.index import Index
+    """What `pinsage embed` does: to a Parquet file or, without output, as JSON lines to stdout."""
+    embedder = Embedder.open(settings)
+    keys, vectors = embedder.embed_file(items, embedder.users_of(interactions) if interactions else None)
+    columns: dict[str, Any] = {"key": keys}
+    if k:
+        from pipeline.index import Index
 
-            columns["nearest"] = Index.open(Storage(loaded.resources.run)).search(vectors, k)[0]
-        if output is None:
-            for place, key in enumerate(keys):
-                line = {name: values[place] for name, values in columns.items()}
-                sys.stdout.write(
-                    json.dumps({**line, "key": key, "embedding": [float(f"{x:.7g}") for x in vectors[place]]})
-                )
-                sys.stdout.write("\n")
-            return
-        try:
-            pq.write_table(pa.table({**columns, "embedding": vectors_to_arrow(vectors)}), output)
-        except OSError as error:
-            raise SettingsError(f"cannot write {output}: {error.strerror}; give --output another place") from None
-        Console(stderr=True, highlight=False).print(f"wrote {output}: {len(keys):,} items", soft_wrap=True)
+        columns["nearest"] = Index.open(Storage(settings.resources.run)).search(vectors, k)[0]
+    if output is None:
+        for place in range(len(keys)):
+            line = {name: values[place] for name, values in columns.items()}
+            sys.stdout.write(json.dumps({**line, "embedding": [float(f"{x:.7g}") for x in vectors[place]]}) + "\n")
+        return
+    try:
+        pq.write_table(pa.table({**columns, "embedding": vectors_to_arrow(vectors)}), output)
+    except OSError as error:
+        raise SettingsError(f"cannot write {output}: {error.strerror}; give --output another place") from None
+    console.print(f"wrote {output}: {len(keys):,} items", soft_wrap=True)

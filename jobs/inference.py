@@ -11,7 +11,6 @@ from functools import partial
 from pyspark.sql import SparkSession
 
 from model.export import Exported, load_exported
-from model.trainer import emulates_bfloat16
 from pipeline.contracts import schemas
 from pipeline.contracts.config import Settings
 from pipeline.contracts.datasets import Lineage, Manifest, open_manifest, read_file
@@ -31,13 +30,19 @@ def load_network(storage: Storage, model: Manifest, settings: Settings) -> Expor
     network = load_exported(read_file(storage, model, "model.safetensors"), description)
     network.set_threads(settings.resources.threads)
     inference, device = settings.task.inference, settings.resources.inference.device
-    if inference.precision == "bfloat16" and device == "cpu" and emulates_bfloat16():
+    if inference.precision == "bfloat16" and device == "cpu" and _emulates():
         say(
             "inference: task.inference.precision is bfloat16, which this processor has not in hardware: products take "
             "several times as long as with float32"
         )
     network.set_place(inference.precision, partial(_device_of_task, device))
     return network
+
+
+def _emulates() -> bool:
+    from model.trainer import emulates_bfloat16  # imported here, as torch takes seconds
+
+    return emulates_bfloat16()
 
 
 def _device_of_task(device: str) -> str:

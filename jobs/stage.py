@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from model.lifetime import PARENT
-from model.trainer import lineage as training_lineage
+from model.lineage import lineage as training_lineage
 from pipeline import ingest
 from pipeline.contracts import schemas
 from pipeline.contracts.config import Settings, dump_settings, load_settings

@@ -30,6 +30,7 @@ if is_given_up():
     sys.exit(1)
 
 from model import distributed, trainer
+from model.lineage import lineage as training_lineage
 
 MOMENT_SECONDS = 5
 """What stops one rank mostly stops all, and the first says it for them: torchrun then ends the others, who wait this
@@ -68,7 +69,7 @@ def run(source: str, overrides: list[str], force: bool) -> None:
     settings = load_settings(source, overrides)
     storage = Storage(settings.resources.run)
     is_first, world_size = distributed.world()[0] == 0, distributed.world()[1]
-    lineage = trainer.lineage(storage, settings, world_size)
+    lineage = training_lineage(storage, settings, world_size)
     if not force and is_up_to_date(storage, schemas.TRAIN, lineage):
         if is_first:
             print("training: up to date")

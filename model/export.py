@@ -1,6 +1,7 @@
 """A trained model as plain layer functions: arrays in, arrays out. What inference uses, inside Spark tasks.
 
-Pickles to the stored bytes; torch's modules are built once per process. Memory: the model and what a call returns.
+Pickles to the stored bytes; whoever first calls a layer imports torch and builds its modules, once per process. Memory:
+the model and what a call returns.
 """
 
 from __future__ import annotations
@@ -8,18 +9,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import safetensors.torch
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from model.layers import Convolution
-from model.pinsage import PinSage
 from pipeline.contracts import config
 from pipeline.contracts.errors import ResourceError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from model.layers import Convolution
+    from model.pinsage import PinSage
 
 Floats = NDArray[np.float32]
 
@@ -42,9 +45,8 @@ class Exported:
         return {name: value for name, value in vars(self).items() if name not in ("_model", "_place")}
 
     def set_threads(self, threads: int) -> None:
-        """CPU threads of torch in every process that uses this; sums of floats depend on it."""
+        """CPU threads of torch in every process that uses this, from its first call; sums of floats depend on it."""
         self._threads = threads
-        torch.set_num_threads(threads)
 
     def set_place(self, precision: str, device: Callable[[], str]) -> None:
         """Of the matrix products: float32 or bfloat16, and a function that names the device of whoever calls.
@@ -65,6 +67,8 @@ class Exported:
         self, layer: int, index: NDArray[np.integer], weights: NDArray[np.floating]
     ) -> tuple[NDArray[np.integer], Floats]:
         """The neighbours that a layer reads of lists [n, T], and how much each counts; padding weighs 0."""
+        import torch
+
         with torch.no_grad():
             read, counted = self._convolution(layer).lists(_tensor(index), _tensor(weights))
         return read.numpy(), counted.numpy()
@@ -78,12 +82,16 @@ class Exported:
         return self._run(self._model.head, h)
 
     def _convolution(self, layer: int) -> Convolution:
-        convolution = self._model.convolutions[layer]
-        assert isinstance(convolution, Convolution)
+        convolution: Convolution = self._model.convolutions[layer]  # type: ignore[assignment]
         return convolution
 
     @cached_property
     def _model(self) -> PinSage:
+        import safetensors.torch
+        import torch
+
+        from model.pinsage import PinSage
+
         if self._threads is not None:
             torch.set_num_threads(self._threads)
         model = PinSage(
@@ -96,6 +104,8 @@ class Exported:
 
     @cached_property
     def _place(self) -> torch.device:
+        import torch
+
         name = self._device()
         place = torch.device(name)
         if place.type == "cuda" and not (place.index or 0) < torch.cuda.device_count():
@@ -106,6 +116,8 @@ class Exported:
         return place
 
     def _run(self, function: Callable[..., Tensor], *arrays: NDArray[Any]) -> Floats:
+        import torch
+
         place, fewer = self._place, self._precision == "bfloat16"
         with torch.no_grad(), torch.autocast(place.type, torch.bfloat16, enabled=fewer):
             result: Floats = function(*(_tensor(array).to(place) for array in arrays)).float().cpu().numpy()
@@ -130,4 +142,6 @@ def _tensor(array: NDArray[Any]) -> Tensor:
         array = array.astype(np.int64)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        import torch
+
         return torch.from_numpy(array)

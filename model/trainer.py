@@ -29,7 +29,7 @@ from model.pinsage import PinSage
 from model.transfer import Batch
 from pipeline.contracts import config, schemas
 from pipeline.contracts.config import Settings
-from pipeline.contracts.datasets import Lineage, Manifest, begin, commit, trace, write_file
+from pipeline.contracts.datasets import Lineage, Manifest, begin, commit, write_file
 from pipeline.contracts.errors import DataError
 from pipeline.contracts.sharding import stage_seed
 from pipeline.contracts.storage import Storage
@@ -39,11 +39,6 @@ CHECKED_STEPS = 20
 EXPLODED = 1000.0
 """A loss so many times the first step's has left all sense."""
 logger = logging.getLogger(__name__)
-
-
-def lineage(storage: Storage, settings: Settings, world_size: int) -> Lineage:
-    """What the model depends on now; the number of ranks counts, as sums of floats depend on it."""
-    return trace(storage, schemas.TRAIN, settings, {"world_size": str(world_size)})
 
 
 @dataclass

@@ -36,9 +36,8 @@ from pipeline.contracts.datasets import (
 from pipeline.contracts.errors import SettingsError
 from pipeline.contracts.rows import describe_rows, read_own_rows
 from pipeline.contracts.schemas import COMPACT, COMPACT_WORK, EMBEDDINGS, ROTATION
+from pipeline.contracts.sharding import sample_rows
 from pipeline.contracts.storage import Storage
-from pipeline.features import sample_rows
-from pipeline.inference.halves import as_single
 from pipeline.spark import Task, say
 from pipeline.steps import Made, Output, Report, run_step
 
@@ -70,7 +69,7 @@ def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Line
 
     def make(task: Task) -> tuple[Sequence[Made], Report]:
         table = read_shard(storage, embeddings, task["shard"])
-        vectors = as_single(arrow_to_vectors(table.column("embedding")))
+        vectors = _single(arrow_to_vectors(table.column("embedding")))
         columns: dict[str, Any] = {"key": table.column("key"), "id": table.column("id")}
         if wanted.int8:
             codes, scales = to_int8(vectors)
@@ -109,7 +108,7 @@ def principal_directions(sample: Floats) -> Floats:
 def turned(storage: Storage, vectors: NDArray[np.floating], dimensions: int) -> Floats:
     """Queries [n, d] for the column first_{dimensions} of COMPACT: [n, dimensions]."""
     rotation = np.load(io.BytesIO(read_file(storage, open_manifest(storage, ROTATION), ROTATION_FILE)))
-    result: Floats = as_single(np.asarray(vectors)) @ rotation[:, :dimensions]
+    result: Floats = _single(np.asarray(vectors)) @ rotation[:, :dimensions]
     return result
 
 
@@ -131,7 +130,7 @@ def _sample(spark: SparkSession, storage: Storage, embeddings: Manifest, lineage
 
     def take(task: Task) -> tuple[Sequence[Made], Report]:
         column = read_shard(storage, embeddings, task["shard"], ["embedding"]).column("embedding")
-        rows = as_single(arrow_to_vectors(column))[parts[task["shard"]]]
+        rows = _single(arrow_to_vectors(column))[parts[task["shard"]]]
         return [rows], {"width": rows.shape[1]}
 
     output = Output(name, raw=True, describe=lambda reports: describe_rows("float32", reports[0]["width"]))
@@ -149,7 +148,7 @@ def _forms(sample: Floats, wanted: Compact, directions: Floats) -> dict[str, tup
         forms["int8"] = (sample.shape[1] + 4, codes.astype(np.float32) * scales[:, None])
     for count in wanted.dimensions:
         turned_sample = (sample @ directions[:, :count]).astype(np.float16)
-        forms[f"first_{count}"] = (2 * count, as_single(turned_sample))
+        forms[f"first_{count}"] = (2 * count, _single(turned_sample))
     return forms
 
 
@@ -174,6 +173,10 @@ def _nearest(vectors: Floats, queries: NDArray[np.int64], k: int) -> NDArray[np.
     scores = vectors[queries] @ vectors.T
     scores[np.arange(len(queries)), queries] = -np.inf
     return np.argsort(-scores, axis=1, kind="stable")[:, :k] if k else np.zeros((len(queries), 0), np.int64)
+
+
+def _single(vectors: NDArray[np.floating]) -> Floats:
+    return vectors.astype(np.float32, copy=False)
 
 
 def _as_column(codes: NDArray[np.int8]) -> pa.Array:

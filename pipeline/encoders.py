@@ -20,8 +20,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
-from sklearn.feature_extraction.text import HashingVectorizer
-from sklearn.utils.extmath import randomized_svd
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from pipeline.contracts.config import FeatureColumn, Features
@@ -146,6 +144,8 @@ class TfidfEncoder:
         wanted = min(dimensions, *counts.shape)
         if not counts.nnz:
             return cls(idf, np.zeros((buckets, 0), dtype=np.float32))
+        from sklearn.utils.extmath import randomized_svd  # imported here, as it takes seconds
+
         with threadpool_limits(1):  # sums in another order would give other bytes
             _, values, rows = randomized_svd(_weigh(counts, idf), wanted, n_iter=SVD_ITERATIONS, random_state=seed)
         rank = int((values > SMALLEST_SINGULAR_VALUE * values[0]).sum())
@@ -233,6 +233,16 @@ class Encoders:
         degree = table.column("degree").to_numpy() if "degree" in table.column_names else np.zeros(table.num_rows)
         parts.append(np.log1p(degree)[:, None])
         return np.concatenate(parts, axis=1, dtype=np.float32, casting="unsafe")
+
+    def narrow(self, vectors: Floats, dtype: np.dtype[Any]) -> NDArray[np.floating]:
+        """What encode gave, to the stored precision; DataError naming the column that does not fit it."""
+        with np.errstate(over="ignore"):
+            stored: NDArray[np.floating] = vectors.astype(dtype, copy=False)
+        bad = np.flatnonzero(~np.isfinite(stored).all(axis=0))
+        if len(bad):
+            name = next(entry["name"] for entry in self.layout if entry["stop"] > bad[0])
+            raise DataError(f"item column {name}: a value is too large for {dtype}; set task.features.dtype: float32")
+        return stored
 
 
 def fit_encoders(
@@ -364,6 +374,8 @@ def _unit_rows(matrix: Floats) -> Floats:
 
 def _count_words(texts: pa.Array, buckets: int) -> csr_matrix:
     """[N, buckets] counts of words and pairs of neighbouring words, hashed without signs."""
+    from sklearn.feature_extraction.text import HashingVectorizer  # imported here, as it takes seconds
+
     hashing = HashingVectorizer(
         n_features=buckets,
         ngram_range=(1, 2),

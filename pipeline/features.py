@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 from pyspark.sql import SparkSession
 
 from pipeline.contracts.config import Settings
@@ -38,6 +37,7 @@ from pipeline.contracts.datasets import (
 )
 from pipeline.contracts.errors import DataError
 from pipeline.contracts.schemas import CONTENT, ENCODERS, FEATURES, ITEMS
+from pipeline.contracts.sharding import sample_rows
 from pipeline.contracts.storage import Storage
 from pipeline.encoders import Encoders, dump_encoders, fit_encoders, load_encoders
 from pipeline.spark import Task, run_tasks
@@ -66,7 +66,7 @@ def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Line
             table = read_shard(storage, content, number)
             degrees = read_rows(storage, items, task["start"], task["stop"], ["degree"]).column("degree")
             encoders = load_encoders(storage)
-            vectors = narrow(encoders.encode(table.append_column("degree", degrees)), dtype, encoders)
+            vectors = encoders.narrow(encoders.encode(table.append_column("degree", degrees)), dtype)
             columns = {"id": table.column("id"), "features": vectors_to_arrow(vectors)}
             shard = write_shard(storage, FEATURES, number, pa.table(columns), lineage)
         else:
@@ -84,16 +84,6 @@ def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Line
     results = run_tasks(spark, tasks, work, "features: encode items")
     layout = load_encoders(storage).layout
     commit(storage, FEATURES, (Shard(**r["shard"]) for r in results), lineage, _describe(results, layout, bounds[-1]))
-
-
-def sample_rows(num_rows: int, most: int, seed: int) -> NDArray[np.int64]:
-    """At most `most` of the rows [0, num_rows), ascending: all of them, or one at random from each of equal stretches.
-
-    A fixed stride would miss whatever repeats in step with it.
-    """
-    count = min(num_rows, most)
-    starts = np.arange(count + 1, dtype=np.int64) * num_rows // max(count, 1)
-    return np.random.default_rng([seed, count]).integers(starts[:-1], starts[1:], dtype=np.int64)
 
 
 def _fit(storage: Storage, content: Manifest, settings: Settings) -> Encoders:
@@ -115,17 +105,6 @@ def _sample(storage: Storage, content: Manifest, fit_rows: int, seed: int) -> It
         chosen = rows[(rows >= bounds[place]) & (rows < bounds[place + 1])] - bounds[place]
         if len(chosen):
             yield read_shard(storage, content, number).drop_columns(["id"]).take(pa.array(chosen))
-
-
-def narrow(vectors: NDArray[np.float32], dtype: np.dtype[Any], encoders: Encoders) -> NDArray[np.floating]:
-    """To the stored precision; DataError naming the column that does not fit it."""
-    with np.errstate(over="ignore"):
-        stored: NDArray[np.floating] = vectors.astype(dtype, copy=False)
-    bad = np.flatnonzero(~np.isfinite(stored).all(axis=0))
-    if len(bad):
-        name = next(entry["name"] for entry in encoders.layout if entry["stop"] > bad[0])
-        raise DataError(f"item column {name}: a value is too large for {dtype}; set task.features.dtype: float32")
-    return stored
 
 
 def _describe(results: Sequence[Task], layout: list[dict[str, Any]], num_rows: int) -> dict[str, Any]:

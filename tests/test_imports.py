@@ -19,24 +19,25 @@ PACKAGES = ("pipeline", "pipeline.contracts", "pipeline.inference", "model", "jo
 
 # Modules of `pipeline` that are no stage but a stage's inner part, and the modules that may import them.
 KERNELS = {
-    "ann": {"index"},
+    "ann": {"index", "plan"},
     "clusters": {"inference", "neighbourhoods"},
-    "encoders": {"features"},
+    "encoders": {"features", "newcomers"},
     "event_kernel": {"ingest"},
-    "exact_kernel": {"neighbourhoods", "shipping"},
+    "exact_kernel": {"neighbourhoods", "newcomers", "shipping"},
     "graph_kernel": {"graph"},
+    "inference": {"newcomers"},
     "input_files": {"guess", "sources"},
-    "keys": {"ingest"},
+    "keys": {"ingest", "newcomers"},
     "mixing": {"event_kernel", "exact_kernel", "graph_kernel", "inference", "top_sums", "walk_kernel", "walkers"},
-    "neighbourhoods": {"pairs", "walks"},
+    "neighbourhoods": {"newcomers", "pairs", "walks"},
     "questions": {"evaluation", "pairs"},
     "ranking": {"evaluation", "questions"},
     "report": {"evaluation", "index"},
     "shipping": {"neighbourhoods"},
-    "sources": {"guess", "ingest"},
-    "steps": {"graph", "inference", "ingest", "pairs"},
+    "sources": {"guess", "ingest", "newcomers"},
+    "steps": {"compact", "graph", "inference", "ingest", "pairs"},
     "top_sums": {"exact_kernel", "walk_kernel"},
-    "walk_kernel": {"exact_kernel", "inference", "neighbourhoods", "shipping", "walkers"},
+    "walk_kernel": {"exact_kernel", "inference", "neighbourhoods", "newcomers", "shipping", "walkers"},
     "walkers": {"neighbourhoods"},
 }
 # STYLE names numpy, pyarrow, fsspec and pydantic; the settings file is YAML, and a host's copy of a dataset has a lock.

@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -91,7 +92,7 @@ def write_run(
     storage, random = Storage(str(folder / "run")), np.random.default_rng(seed)
     places = random.permutation(items)
     numbers = np.argsort(places).astype(np.uint32)
-    find = partial(planted_neighbours, items=items, seed=seed)
+    find: Callable[..., tuple[NDArray[Any], ...]] = partial(planted_neighbours, items=items, seed=seed)
     if not communities:
         graph = generate.graph(items, items * 3 // 10, items * 17, seed)
         find = partial(exact_neighbours, graph, num_neighbours=NEIGHBOURS, entry_budget=BUDGET)
@@ -269,16 +270,17 @@ def read_tables(storage: Storage) -> tuple[NeighbourTable, NDArray[Any]]:
 def roofline_seconds_per_item(items: int) -> dict[str, float]:
     """Core-seconds of an item's matrix products and of its random rows, every core busy with its own."""
     cores, rows = measure.num_cores(), 1024
-    torch.set_num_threads(1)
     shapes = [(WIDTH, HIDDEN), (WIDTH + HIDDEN, OUTPUTS), (OUTPUTS, HIDDEN), (OUTPUTS + HIDDEN, OUTPUTS)]
     shapes += [(OUTPUTS, OUTPUTS)] * 2
     layer = torch.rand(items, HIDDEN).half()
 
     def products(_: int) -> float:
+        torch.set_num_threads(1)  # a setting of the thread that calls
         pairs = [(torch.rand(rows, before), torch.rand(after, before)) for before, after in shapes]
         return best(lambda: [torch.nn.functional.linear(a, b) for a, b in pairs]) / rows
 
     def gathers(core: int) -> float:
+        torch.set_num_threads(1)
         generator = torch.Generator().manual_seed(core)
         index = torch.randint(0, items, (rows, NEIGHBOURS), generator=generator, dtype=torch.int32)
         weights = torch.full(index.shape, 1.0 / NEIGHBOURS).half()
@@ -287,9 +289,7 @@ def roofline_seconds_per_item(items: int) -> dict[str, float]:
 
     with ThreadPoolExecutor(cores) as pool:
         works = (("gemm", products), ("rows", gathers))
-        found = {name: float(np.mean(list(pool.map(work, range(cores))))) for name, work in works}
-    torch.set_num_threads(cores)
-    return found
+        return {name: float(np.mean(list(pool.map(work, range(cores))))) for name, work in works}
 
 
 def best(work: Any, rounds: int = 15) -> float:

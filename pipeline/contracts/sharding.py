@@ -82,3 +82,13 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
+
+
+def sample_rows(num_rows: int, most: int, seed: int) -> NDArray[np.int64]:
+    """At most `most` of the rows [0, num_rows), ascending: all of them, or one at random from each of equal stretches.
+
+    A fixed stride would miss whatever repeats in step with it.
+    """
+    count = min(num_rows, most)
+    starts = np.arange(count + 1, dtype=np.int64) * num_rows // max(count, 1)
+    return np.random.default_rng([seed, count]).integers(starts[:-1], starts[1:], dtype=np.int64)

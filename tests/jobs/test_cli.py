@@ -153,7 +153,7 @@ def test_one_setting_rebuilds_only_what_depends_on_it(finished: Shop, tmp_path: 
         return re.findall(r"^(\w+): done in", outcome.text, re.MULTILINE)
 
     assert ran("task.index.num_queries=10") == ["index", "evaluation"]
-    later = ["train", "inference", "index", "evaluation"]
+    later = ["train", "inference", "compact", "index", "evaluation"]
     assert ran("task.index.num_queries=10", "task.training.margin=0.2") == later
 
 

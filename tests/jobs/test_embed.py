@@ -19,8 +19,8 @@ from pipeline.contracts.datasets import arrow_to_vectors, open_manifest, read_ta
 from pipeline.contracts.errors import DataError, SettingsError
 from pipeline.contracts.storage import Storage
 from pipeline.exact_kernel import exact_neighbours
-from pipeline.inference.newcomers import Newcomers
 from pipeline.inference.reducers import read_lists
+from pipeline.newcomers import Newcomers
 from pipeline.walk_kernel import BipartiteGraph
 from tests.jobs.conftest import Shop
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from model import trainer
 from model.distributed import Group
 from model.export import Exported, load_exported
+from model.lineage import lineage as training_lineage
 from model.loader import Loader
 from model.trainer import Trainer
 from pipeline.contracts import schemas
@@ -28,7 +29,7 @@ Array = NDArray[Any]
 
 def exported(run: Run) -> Exported:
     """Train, and load what inference loads."""
-    trainer.train(run.storage, run.settings, trainer.lineage(run.storage, run.settings, 1), Group())
+    trainer.train(run.storage, run.settings, training_lineage(run.storage, run.settings, 1), Group())
     manifest = open_manifest(run.storage, schemas.MODEL)
     files = [read_file(run.storage, manifest, name) for name in ("model.safetensors", "model.json")]
     return load_exported(files[0], json.loads(files[1]))

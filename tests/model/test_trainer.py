@@ -17,6 +17,7 @@ import torch
 from model import checkpoint, trainer
 from model.checkpoint import Keeper
 from model.distributed import Group
+from model.lineage import lineage as training_lineage
 from model.loader import Loader, Position
 from model.loss import choose, training_loss
 from model.monitor import EVENTS, LOG, Monitor
@@ -42,7 +43,7 @@ def deterministic() -> Any:
 
 def train(run: Run) -> dict[str, bytes]:
     """Train and return the model's files."""
-    lineage = trainer.lineage(run.storage, run.settings, world_size=1)
+    lineage = training_lineage(run.storage, run.settings, world_size=1)
     trainer.train(run.storage, run.settings, lineage, Group())
     assert is_up_to_date(run.storage, schemas.TRAIN, lineage)
     manifest = open_manifest(run.storage, schemas.MODEL)
@@ -160,7 +161,7 @@ def test_training_resumed_at_any_checkpoint_ends_with_the_same_bytes(
 def test_a_checkpoint_of_other_settings_is_refused_until_forced(make_run: MakeRun) -> None:
     run = make_run()
     expected = train(run)
-    keeper = Keeper(run.storage, trainer.lineage(run.storage, make_run(training={"epochs": 9}).settings, 1), 1)
+    keeper = Keeper(run.storage, training_lineage(run.storage, make_run(training={"epochs": 9}).settings, 1), 1)
     keeper.save(1, {"position": [2, 3]})
     keeper.close()
     with pytest.raises(SettingsError, match=r"epoch 2 step 3 of other settings: task.training.epochs was 9 and is 3"):
@@ -226,7 +227,7 @@ def test_a_loss_that_explodes_stops_training_before_it_is_saved(
     monkeypatch.setattr(Trainer, "_loss", lambda self, batch: loss_of(self, batch) * (1e6 if next(steps) == 5 else 1))
     with pytest.raises(DataError, match=r"the loss is \d+\.\d+ at epoch 1 step 5; it began at .* from before"):
         train(run)
-    state = checkpoint.decode(checkpoint.read(run.storage), trainer.lineage(run.storage, run.settings, 1))
+    state = checkpoint.decode(checkpoint.read(run.storage), training_lineage(run.storage, run.settings, 1))
     assert state is not None
     assert state["position"] == [1, 5]
 
@@ -313,5 +314,5 @@ def test_the_rate_warms_up_linearly_then_decays_step_by_step() -> None:
 
 def test_lineage_depends_on_the_ranks_and_on_what_training_reads(make_run: MakeRun) -> None:
     run, other = make_run(), make_run(name="other", query=[1] * 100, positive=[2] * 100)
-    prints = [trainer.lineage(r.storage, r.settings, n).fingerprint for r, n in ((run, 1), (run, 2), (other, 1))]
+    prints = [training_lineage(r.storage, r.settings, n).fingerprint for r, n in ((run, 1), (run, 2), (other, 1))]
     assert len(set(prints)) == 3

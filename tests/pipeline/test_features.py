@@ -10,7 +10,7 @@ import pytest
 from pyspark.sql import SparkSession
 
 from pipeline import features
-from pipeline.contracts import schemas
+from pipeline.contracts import schemas, sharding
 from pipeline.contracts.config import FeatureColumn, Features, Settings, parse_settings
 from pipeline.contracts.datasets import (
     Lineage,
@@ -268,10 +268,10 @@ def test_half_precision_is_stored_when_asked_and_what_does_not_fit_is_refused(
 
 
 def test_the_sample_is_spread_evenly() -> None:
-    assert (features.sample_rows(1000, 100, 0) // 10).tolist() == list(range(100))
-    assert features.sample_rows(1000, 100, 0).tolist() == features.sample_rows(1000, 100, 0).tolist()
-    assert features.sample_rows(3, 5, 0).tolist() == [0, 1, 2]
-    assert features.sample_rows(0, 5, 0).tolist() == []
+    assert (sharding.sample_rows(1000, 100, 0) // 10).tolist() == list(range(100))
+    assert sharding.sample_rows(1000, 100, 0).tolist() == sharding.sample_rows(1000, 100, 0).tolist()
+    assert sharding.sample_rows(3, 5, 0).tolist() == [0, 1, 2]
+    assert sharding.sample_rows(0, 5, 0).tolist() == []
 
 
 def test_a_sentence_transformers_model_gives_rows_of_length_one() -> None:

@@ -25,7 +25,6 @@ from pipeline.contracts.replica import map_lists, map_vectors, padded
 from pipeline.contracts.storage import Storage
 from pipeline.encoders import VectorEncoder, load_encoders
 from pipeline.exact_kernel import Found, exact_neighbours
-from pipeline.features import narrow
 from pipeline.inference.halves import as_single
 from pipeline.inference.network import Array, Lists, Network
 from pipeline.keys import hashed
@@ -74,7 +73,7 @@ class Newcomers:
         rows = [np.unique(own) for own in users] if users is not None else [np.zeros(0, np.int64)] * content.num_rows
         degrees = np.array([len(row) for row in rows], np.int64)
         encoded = self._encoders.encode(content.append_column("degree", pa.array(degrees)))
-        features = as_single(narrow(encoded, np.dtype(self._settings.task.features.dtype), self._encoders))
+        features = as_single(self._encoders.narrow(encoded, np.dtype(self._settings.task.features.dtype)))
         result = np.zeros((len(features), self._settings.task.model.output_dimensions), np.float32)
         alone, others = np.flatnonzero(degrees == 0), np.flatnonzero(degrees > 0)
         if len(alone):
