@@ -16,8 +16,8 @@ setup: ## everything the rest needs: .venv with pinned packages, and Java 17 or 
 demo: setup ## the whole pipeline on a real shop's two years of sales; a few minutes
 	@.venv/bin/pinsage demo $(ARGS)
 
-test: setup ## every test
-	@.venv/bin/python -m pytest $(ARGS)
+test: setup ## every test, in two processes; with ARGS, in one
+	@.venv/bin/python -m pytest $(or $(ARGS),-n 2 --dist loadfile --no-loadscope-reorder)
 
 lint: setup ## ruff and mypy
 	.venv/bin/ruff check .

@@ -250,12 +250,11 @@ class Incremental:
         """A shard of EMBEDDINGS: the earlier run's, and what was made again."""
         start, stop = self._bounds(shard)
         whole = np.zeros((stop - start, vectors.shape[1]), vectors.dtype)
-        known = max(0, min(stop, self._earlier.num_items) - start)
-        if known:
-            rows = read_rows(self._earlier.storage, self._earlier.embeddings, start, start + known, ["embedding"])
-            whole[:known] = arrow_to_vectors(rows.column("embedding"))
+        rows = self._publisher.former(start, stop)
+        if rows is not None:
+            whole[: rows.num_rows] = arrow_to_vectors(rows.column("embedding"))
         whole[ids - start] = vectors
-        return self._publisher.rows(start, stop, whole)
+        return self._publisher.rows(start, stop, whole, rows)
 
     def _own(self, layer: int) -> Callable[[int, NDArray[np.int64]], Callable[[slice], Array]]:
         """Of some items of a shard: what they are before a layer, by blocks."""

@@ -13,7 +13,8 @@ Lists = tuple[NDArray[np.integer], NDArray[np.float32]]
 """Neighbour ids and their weights, [n, T] each; padding weighs 0."""
 BLOCK = 1024
 """Rows of every call. A product's last bits may depend on how many rows it has: with always as many, the last of a
-shard filled up with zeros, an item's vector is the same in whatever company it is made."""
+shard filled up with zeros, an item's vector is the same in whatever company it is made. (Not of models narrower than
+any in use: MKL was seen to round products of fewer than 12 columns by the row's place.)"""
 
 
 class Network(Protocol):

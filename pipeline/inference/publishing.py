@@ -42,12 +42,12 @@ class Publisher:
             model
         )
 
-    def rows(self, start: int, stop: int, vectors: Array) -> tuple[pa.Table, Report]:
-        """The rows of items [start, stop), and what describe needs of them."""
+    def rows(self, start: int, stop: int, vectors: Array, then: pa.Table | None = None) -> tuple[pa.Table, Report]:
+        """The rows of items [start, stop), and what describe needs of them; then are the earlier run's, if known."""
         known = read_rows(self._storage, self._items, start, stop, ["key", "id", "degree"])
         table = pa.table({"key": known["key"], "id": known["id"], "embedding": vectors_to_arrow(vectors)})
         report = {**_statistics(vectors), "without_edges": pc.sum(pc.equal(known["degree"], 0)).as_py() or 0}
-        return table, report | {"drift": self._drift(start, known["key"], vectors)}
+        return table, report | {"drift": self._drift(start, known["key"], vectors, then)}
 
     def describe(self, reports: list[Report]) -> dict[str, Any]:
         """What the manifest says of all embeddings.
@@ -70,12 +70,18 @@ class Publisher:
             "width": len(centre),
         }  # fmt: skip
 
-    def _drift(self, start: int, keys: pa.ChunkedArray, vectors: Array) -> Report | None:
-        """Of the items that the earlier run numbers alike: how far they are from where they were."""
+    def former(self, start: int, stop: int) -> pa.Table | None:
+        """Keys and embeddings of items [start, stop) in the earlier run; None if it has none of them."""
         former, earlier = self._former, self._earlier
         if former is None or earlier is None or start >= former.num_rows:
             return None
-        rows = read_rows(earlier, former, start, min(start + len(keys), former.num_rows), ["key", "embedding"])
+        return read_rows(earlier, former, start, min(stop, former.num_rows), ["key", "embedding"])
+
+    def _drift(self, start: int, keys: pa.ChunkedArray, vectors: Array, rows: pa.Table | None = None) -> Report | None:
+        """Of the items that the earlier run numbers alike: how far they are from where they were."""
+        rows = self.former(start, start + len(keys)) if rows is None else rows
+        if rows is None:
+            return None
         then = as_single(arrow_to_vectors(rows["embedding"]))
         if then.shape[1] != vectors.shape[1]:
             return None
