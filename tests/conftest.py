@@ -12,6 +12,13 @@ from pipeline.contracts.config import SparkResources
 from pipeline.contracts.storage import Storage
 from pipeline.spark import session
 
+LONGEST = ("test_cluster", "test_end_to_end")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, so that two processes end together."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
 
 @pytest.fixture(scope="session")
 def spark() -> Iterator[SparkSession]:
