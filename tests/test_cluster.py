@@ -79,10 +79,12 @@ def _shuffle_while_an_executor_dies(
     _run(command, shipped, tmp_path, begun[stage.name])
     made, expected = (Storage(str(folder)) for folder in (run, tmp_path / "run"))
     (dataset,) = stage.writes
-    now, then = (read_table(storage, open_manifest(storage, dataset)) for storage in (made, expected))
+    manifests = [open_manifest(storage, dataset) for storage in (made, expected)]
     if stage is schemas.WALKS:
-        assert now.equals(then)
+        now_bytes, then_bytes = ([(s.name, s.sha256) for s in manifest.shards] for manifest in manifests)
+        assert now_bytes == then_bytes
     else:
+        now, then = read_table(made, manifests[0]), read_table(expected, manifests[1])
         vectors, others = (arrow_to_vectors(table.column("embedding")) for table in (now, then))
         np.testing.assert_allclose(vectors, others, atol=2e-6)
         assert now.column("key").equals(then.column("key"))
