@@ -37,6 +37,8 @@ from pipeline.contracts.sharding import MAX_IDS, count_shards
 GIB = 1 << 30
 REFERENCE_BYTES = 1 << 26
 """Rates of random reads hold for this much memory; a doubling adds what `_doubling` rates say."""
+MAX_INDEX_PARTS = 256
+"""An index is added to by at most so many tasks."""
 _LINK_COMPARED, _FIND_COMPARED = 2000, 400
 """Centroids that a graph of them is compared with while one is linked into it, and while a vector's list is found."""
 SIGMA = 0.93
@@ -898,7 +900,8 @@ class _Planner:
 
     def _index(self) -> Stage:
         """Trained by the driver; added to by tasks, each a part of all shards; merged by the driver."""
-        from pipeline.ann.choice import HNSW_LISTS, TRAIN_POINTS, check_given, choose, count_lists
+        from pipeline.ann.choice import HNSW_LISTS, check_given, choose, count_lists
+        from pipeline.ann.training import SAMPLE_SHARDS, sample_size
 
         task, rates, items = self.task, self.rates, self.scale.items
         width, given = task.model.output_dimensions, task.index
@@ -907,8 +910,9 @@ class _Planner:
         else:
             choice = check_given(given.factory, items, width, given.memory)
         lists = count_lists(items, given.train_rows)
-        sample = min(items, given.train_rows, max(TRAIN_POINTS * lists, 65_536))
-        shards, parts = self.item_shards, min(self.item_shards, 256)
+        sample = sample_size(items, lists, given.train_rows)
+        shards, parts = self.item_shards, min(self.item_shards, MAX_INDEX_PARTS)
+        sampled = min(shards, SAMPLE_SHARDS)
         stored, queries = self.stored["embeddings"], 2 * given.num_queries
         groups = round(lists**0.5)
         compared = sample * lists if lists < HNSW_LISTS else sample * lists / groups + 256 * groups**2
@@ -920,8 +924,8 @@ class _Planner:
         each = finding + 2e-9 * width * queries / rates.gemm_gflops + 1e-9 * width * rates.load_value_ns
         in_memory = choice.bytes <= task.merge_memory
         steps = [
-            Step("sample", min(shards, 256), 1e-9 * min(items, 256 * items / shards) * width * rates.load_value_ns,
-                 read_bytes=stored * min(1.0, 256 / shards), write_bytes=4.0 * sample * width),
+            Step("sample", sampled, 1e-9 * items * sampled / shards * width * rates.load_value_ns,
+                 read_bytes=stored * sampled / shards, write_bytes=4.0 * sample * width),
             Step("train", 1, 0.0, serial_seconds=training + linking + 1e-9 * sample * width * rates.copy_value_ns),
             Step("add, search exactly", parts, items * each, read_bytes=stored, write_bytes=choice.bytes,
                  task_bytes=2.2 * choice.bytes / parts + 4.0 * width * items / shards, scratch_bytes=choice.bytes),

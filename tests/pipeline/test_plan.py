@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pipeline import neighbourhoods
+from pipeline.ann.building import MAX_PARTS
 from pipeline.contracts.config import Graph, InferenceResources, Settings, Walks
 from pipeline.contracts.datasets import Lineage, Manifest
 from pipeline.contracts.errors import SettingsError
@@ -16,6 +17,7 @@ from pipeline.keys import RANGE_ROWS
 from pipeline.plan import (
     GIB,
     KEYS_PER_RANGE,
+    MAX_INDEX_PARTS,
     MAX_USERS_READ,
     REFERENCE_BYTES,
     SIGMA,
@@ -168,6 +170,7 @@ def test_the_graphs_bytes_are_those_that_the_walks_go_by(weighted: bool) -> None
 def test_numbers_taken_over_from_the_stages_are_theirs() -> None:
     assert MAX_USERS_READ == _MAX_USERS
     assert KEYS_PER_RANGE == RANGE_ROWS
+    assert MAX_INDEX_PARTS == MAX_PARTS
     walks = Settings.model_fields["resources"].annotation.model_fields  # type: ignore[union-attr]
     defaults = {name: walks[name].default for name in ("rows_per_shard", "events_per_shard", "threads")}
     assert {name: getattr(Task(), name) for name in defaults} == defaults
