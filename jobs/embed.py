@@ -100,7 +100,9 @@ class Embedder:
         if isinstance(items, pa.Table):
             if source.key not in items.column_names:
                 raise DataError(f"{name}: there is no column {source.key}, the key of {sources.ITEMS}")
-            items = items.to_pylist()
+            nothing = pa.nulls(items.num_rows)
+            table = pa.table({c: items[c] if c in items.column_names else nothing for c in columns})
+            return self._cleaned(Piece(table, np.arange(items.num_rows)), name)
         lacking = next((place for place, record in enumerate(items) if source.key not in record), None)
         if lacking is not None:
             raise DataError(f"{name}: record {lacking} has no field {source.key}, the key of {sources.ITEMS}")

@@ -59,8 +59,10 @@ def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Line
         return
     sample = _sample(spark, storage, embeddings, lineage, settings.task.seed)
     with threadpool_limits(settings.resources.threads):
-        directions = principal_directions(_check_width(wanted, sample))
-        told = {name: _measured(sample, coded) for name, coded in _forms(sample, wanted, directions).items()}
+        _check_width(wanted, sample.shape[1])
+        directions = principal_directions(sample)
+        true = _nearest(sample)
+        told = {name: _measured(sample, true, *form) for name, form in _forms(sample, wanted, directions).items()}
     buffer = io.BytesIO()
     np.save(buffer, directions)
     commit(storage, ROTATION, [write_file(storage, ROTATION.name, ROTATION_FILE, buffer.getvalue(), lineage)], lineage)
@@ -112,13 +114,12 @@ def turned(storage: Storage, vectors: NDArray[np.floating], dimensions: int) -> 
     return result
 
 
-def _check_width(wanted: Compact, sample: Floats) -> Floats:
-    wide = [count for count in wanted.dimensions if count >= sample.shape[1]]
+def _check_width(wanted: Compact, width: int) -> None:
+    wide = [count for count in wanted.dimensions if count >= width]
     if wide:
         raise SettingsError(
-            f"task.compact.dimensions has {wide[0]}, and embeddings have {sample.shape[1]}; give fewer, or leave it out"
+            f"task.compact.dimensions has {wide[0]}, and embeddings have {width}; give fewer, or leave it out"
         )
-    return sample
 
 
 def _sample(spark: SparkSession, storage: Storage, embeddings: Manifest, lineage: Lineage, seed: int) -> Floats:
@@ -152,27 +153,25 @@ def _forms(sample: Floats, wanted: Compact, directions: Floats) -> dict[str, tup
     return forms
 
 
-def _measured(sample: Floats, form: tuple[int, Floats]) -> Report:
+def _measured(sample: Floats, true: NDArray[np.int64], size: int, seen: Floats) -> Report:
     """What a form costs: bytes, recall of exact search by inner product, and lengths beside the embeddings' own."""
-    size, seen = form
-    queries = np.linspace(0, len(sample) - 1, min(QUERIES, len(sample))).astype(np.int64)
-    k = min(K, len(sample) - 1)
-    true, found = (_nearest(vectors, queries, k) for vectors in (sample, seen))
-    shared = [len(np.intersect1d(one, other)) for one, other in zip(true, found, strict=True)]
+    shared = [len(np.intersect1d(one, other)) for one, other in zip(true, _nearest(seen), strict=True)]
     own, kept = (np.linalg.norm(vectors.astype(np.float64), axis=1) for vectors in (sample, seen))
     lengths = kept[own > 0] / own[own > 0]
     return {
-        "bytes": size, "recall": float(np.sum(shared) / max(1, k * len(queries))),
+        "bytes": size, "recall": float(np.sum(shared) / max(1, true.size)),
         "norm_share_mean": float(lengths.mean()) if len(lengths) else 1.0,
         "norm_share_least": float(lengths.min()) if len(lengths) else 1.0,
     }  # fmt: skip
 
 
-def _nearest(vectors: Floats, queries: NDArray[np.int64], k: int) -> NDArray[np.int64]:
-    """The k rows of largest inner product with each query, without itself; equals by row."""
+def _nearest(vectors: Floats) -> NDArray[np.int64]:
+    """Of QUERIES rows, evenly spread, the K others of largest inner product [QUERIES, K]; equals by row."""
+    queries = np.linspace(0, len(vectors) - 1, min(QUERIES, len(vectors))).astype(np.int64)
+    k = min(K, len(vectors) - 1)
     scores = vectors[queries] @ vectors.T
     scores[np.arange(len(queries)), queries] = -np.inf
-    return np.argsort(-scores, axis=1, kind="stable")[:, :k] if k else np.zeros((len(queries), 0), np.int64)
+    return np.argsort(-scores, axis=1, kind="stable")[:, :k]
 
 
 def _single(vectors: NDArray[np.floating]) -> Floats:

@@ -163,7 +163,7 @@ class Newcomers:
     @cached_property
     def _users(self) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
         """Hashes of all users' keys, ascending, and their ids: 16 bytes a user."""
-        hashes = np.concatenate([*_key_hashes(self._storage, open_manifest(self._storage, schemas.USERS))])
+        hashes = np.concatenate(_key_hashes(self._storage, open_manifest(self._storage, schemas.USERS)))
         order = np.argsort(hashes, kind="stable")
         return hashes[order], order
 
