@@ -51,6 +51,8 @@ Task = dict[str, Any]
 _LIGHT = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 """Of Spark's JVMs, unless resources.spark.conf has options of its own. They only hand out tasks, no rows pass through
 them; compiling what runs for seconds cost more than all else: 18 core-seconds a session without, 7 with it."""
+_LOCATORS = "UserProvidedCacheLocator,InTreeCacheLocator,UserWideCacheLocator,IPythonCacheLocator,ZipCacheLocator"
+"""Where numba looks for compiled kernels of its own accord."""
 _QUIET = Path(__file__).with_name("log4j2.properties")
 _RESULT = T.StructType([T.StructField("task", T.IntegerType()), T.StructField("result", T.StringType())])
 
@@ -82,6 +84,7 @@ def session(resources: SparkResources, name: str) -> SparkSession:
         "spark.ui.showConsoleProgress": "false",
         "spark.python.worker.reuse": "true",
         "spark.executorEnv.OMP_WAIT_POLICY": "PASSIVE",
+        "spark.executorEnv.NUMBA_CACHE_LOCATOR_CLASSES": f"pipeline.kernel_cache.ByContent,{_LOCATORS}",
         "spark.driver.extraJavaOptions": _LIGHT,
         "spark.executor.extraJavaOptions": _LIGHT,
         **({"spark.driver.port": str(resources.driver_port)} if resources.driver_port else {}),
