@@ -21,8 +21,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from model.lifetime import PARENT
+from model.lineage import adopt
 from model.lineage import lineage as training_lineage
-from pipeline import ingest
+from pipeline import features, ingest
 from pipeline.contracts import schemas
 from pipeline.contracts.config import Settings, dump_settings, load_settings
 from pipeline.contracts.datasets import RECEIPTS, Lineage, begin, find_manifest, is_up_to_date, trace
@@ -101,6 +102,9 @@ def run_stages(stages: Sequence[Stage], settings: Settings, force: bool = False)
     ran, spark = [], _LazySession(settings)
     try:
         for stage in stages:
+            if is_not_needed(stage, settings):
+                console.print(f"{stage.name}: not needed, as the model is that of {settings.task.training.previous}")
+                continue
             lineage = lineage_of(storage, stage, settings)
             if force:
                 _forget(storage, stage)
@@ -109,8 +113,10 @@ def run_stages(stages: Sequence[Stage], settings: Settings, force: bool = False)
                 continue
             started = time.monotonic()
             console.print(f"[bold]{stage.name}[/]: {stage.meaning}")
-            if stage is schemas.TRAIN:
+            if stage is schemas.TRAIN and settings.task.training.epochs:
                 _train(settings, force)
+            elif stage is schemas.TRAIN:
+                adopt(storage, settings, lineage)
             else:
                 _runner(stage)(spark(), storage, settings, lineage)
             ran.append(stage.name)
@@ -130,7 +136,16 @@ def lineage_of(storage: Storage, stage: Stage, settings: Settings) -> Lineage:
         model = find_manifest(storage, schemas.MODEL)
         ranks = settings.resources.training.ranks
         return training_lineage(storage, settings, ranks if model is None else int(model.lineage.inputs["world_size"]))
-    return trace(storage, stage, settings, ingest.inputs(settings.task.data) if stage is schemas.INGEST else None)
+    own: dict[Stage, Callable[[], dict[str, str]]] = {
+        schemas.INGEST: lambda: ingest.inputs(settings.task.data),
+        schemas.FEATURES_STAGE: lambda: features.inputs(settings.task.features),
+    }
+    return trace(storage, stage, settings, own[stage]() if stage in own else None)
+
+
+def is_not_needed(stage: Stage, settings: Settings) -> bool:
+    """Whether nothing would read what the stage makes: pairs, where an earlier run's model is taken as it is."""
+    return stage is schemas.PAIRS_STAGE and settings.task.training.epochs == 0
 
 
 def _runner(stage: Stage) -> Callable[[SparkSession, Storage, Settings, Lineage], None]:

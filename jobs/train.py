@@ -30,6 +30,7 @@ if is_given_up():
     sys.exit(1)
 
 from model import distributed, trainer
+from model.lineage import adopt
 from model.lineage import lineage as training_lineage
 
 MOMENT_SECONDS = 5
@@ -73,6 +74,10 @@ def run(source: str, overrides: list[str], force: bool) -> None:
     if not force and is_up_to_date(storage, schemas.TRAIN, lineage):
         if is_first:
             print("training: up to date")
+        return
+    if not settings.task.training.epochs:
+        if is_first:
+            adopt(storage, settings, lineage)
         return
     with distributed.start(settings.resources.training) as group:
         if force and group.is_first:

@@ -22,6 +22,7 @@ from torch import Tensor
 from model import checkpoint
 from model.catalogue import Examiner, embed_all, nearest
 from model.distributed import Group
+from model.lineage import WEIGHTS, check_fits
 from model.loader import Loader, Position
 from model.loss import choose, training_loss
 from model.monitor import Monitor
@@ -29,7 +30,7 @@ from model.pinsage import PinSage
 from model.transfer import Batch
 from pipeline.contracts import config, schemas
 from pipeline.contracts.config import Settings
-from pipeline.contracts.datasets import Lineage, Manifest, begin, commit, write_file
+from pipeline.contracts.datasets import Lineage, Manifest, begin, commit, open_manifest, read_file, write_file
 from pipeline.contracts.errors import DataError
 from pipeline.contracts.sharding import stage_seed
 from pipeline.contracts.storage import Storage
@@ -70,6 +71,8 @@ def train(storage: Storage, settings: Settings, lineage: Lineage, group: Group) 
     saved = group.from_first(checkpoint.read(storage) if group.is_first else None)
     keeper = checkpoint.Keeper(storage, lineage, resources.keep_checkpoints)
     state = checkpoint.decode(saved, lineage)
+    if state is None and settings.task.training.previous is not None:
+        trainer.begin_with(_earlier_weights(storage, settings))
     trainer.load(state)
     keeper.kept = [(name, metric) for name, metric in (state or {"kept": []})["kept"]]
     last_saved, is_due = time.monotonic(), False
@@ -283,6 +286,14 @@ class Trainer:
             "global_batch": self.loader.global_batch,
         }
 
+    def begin_with(self, weights: bytes) -> None:
+        """Start from a model's weights and feature statistics; items it did not know keep their own first vectors."""
+        mine = self.model.state_dict()
+        for name, value in safetensors.torch.load(weights).items():
+            mine[name][: len(value)] = value.to(mine[name].device)
+        if self.group.is_first:
+            logger.info("starting from the model of %s", self.settings.previous)
+
     def load(self, state: dict[str, Any] | None) -> None:
         """Go on from a state; None is the beginning."""
         if state is None:
@@ -322,6 +333,13 @@ def learning_rate(settings: config.Training, position: Position, steps_per_epoch
     if passed < settings.warmup_epochs:
         return settings.learning_rate * passed / settings.warmup_epochs
     return float(settings.learning_rate * settings.decay_per_epoch ** (passed - settings.warmup_epochs))
+
+
+def _earlier_weights(storage: Storage, settings: Settings) -> bytes:
+    """The earlier model that training starts from. Raises DataError if it does not fit."""
+    earlier = Storage(str(settings.task.training.previous))
+    check_fits(storage, earlier, settings)
+    return read_file(earlier, open_manifest(earlier, schemas.MODEL), WEIGHTS)
 
 
 def _commit_model(storage: Storage, settings: Settings, lineage: Lineage, trainer: Trainer) -> Manifest:

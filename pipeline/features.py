@@ -1,9 +1,10 @@
 """Raw item content to one float vector per item.
 
-Reads ITEMS and CONTENT; writes ENCODERS and FEATURES. The encoders are fitted on the driver, single-threaded, on a
-sample of at most fit_rows items; encoding is one task per shard of CONTENT. FEATURES' metadata says what every column
-is, and its mean and deviation over all items, for a model that standardises its input. Memory: the sample on the
-driver, one shard and its vectors per task. Cost: 4 707 titles 0.7 s, 158 357 titles 11 s of one core, mostly the SVD.
+Reads ITEMS and CONTENT; writes ENCODERS and FEATURES. The encoders are those of an earlier run, if
+task.features.previous names one, or are fitted on the driver, single-threaded, on a sample of at most fit_rows items;
+encoding is one task per shard of CONTENT. FEATURES' metadata says what every column is, and its mean and deviation over
+all items, for a model that standardises its input. Memory: the sample on the driver, one shard and its vectors per
+task. Cost: 4 707 titles 0.7 s, 158 357 titles 11 s of one core, mostly the SVD.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyspark.sql import SparkSession
 
+from pipeline.contracts import config
 from pipeline.contracts.config import Settings
 from pipeline.contracts.datasets import (
     Lineage,
@@ -31,6 +33,7 @@ from pipeline.contracts.datasets import (
     open_manifest,
     read_rows,
     read_shard,
+    take_over,
     vectors_to_arrow,
     write_file,
     write_shard,
@@ -46,17 +49,20 @@ MAX_SAMPLED_SHARDS = 64
 """The driver reads no more shards than this to fit: of a larger catalogue, evenly spread ones."""
 
 
+def inputs(features: config.Features) -> dict[str, str]:
+    """What the stage reads that is not of its run: the encoders of an earlier one. DataError if there are none."""
+    if features.previous is None:
+        return {}
+    return {"previous encoders": open_manifest(Storage(features.previous), ENCODERS).content}
+
+
 def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Lineage) -> None:
-    """Fit the encoders unless an interrupted attempt did, then encode every shard."""
+    """Fit the encoders, or take an earlier run's, unless an interrupted attempt did; then encode every shard."""
     items, content = open_manifest(storage, ITEMS), open_manifest(storage, CONTENT)
     begin(storage, FEATURES)
     fitted = find_manifest(storage, ENCODERS)
     if fitted is None or fitted.lineage.fingerprint != lineage.fingerprint:
-        begin(storage, ENCODERS)
-        files = dump_encoders(_fit(storage, content, settings))
-        commit(
-            storage, ENCODERS, [write_file(storage, ENCODERS.name, *file, lineage) for file in files.items()], lineage
-        )
+        _commit_encoders(storage, content, settings, lineage)
     dtype = np.dtype(settings.task.features.dtype)
 
     def work(task: Task) -> Task:
@@ -86,9 +92,30 @@ def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Line
     commit(storage, FEATURES, (Shard(**r["shard"]) for r in results), lineage, _describe(results, layout, bounds[-1]))
 
 
-def _fit(storage: Storage, content: Manifest, settings: Settings) -> Encoders:
-    source = settings.task.data.items
+def _commit_encoders(storage: Storage, content: Manifest, settings: Settings, lineage: Lineage) -> None:
+    source, previous = settings.task.data.items, settings.task.features.previous
     columns = () if source is None else source.columns
+    if previous is not None:
+        check_columns(Storage(previous), columns)
+        take_over(storage, Storage(previous), ENCODERS, lineage)
+        return
+    files = dump_encoders(_fit(storage, content, columns, settings))
+    begin(storage, ENCODERS)
+    commit(storage, ENCODERS, [write_file(storage, ENCODERS.name, *file, lineage) for file in files.items()], lineage)
+
+
+def check_columns(earlier: Storage, columns: Sequence[config.FeatureColumn]) -> None:
+    """Raise DataError unless the encoders of an earlier run read exactly these columns."""
+    theirs = [block.name for block in load_encoders(earlier).blocks]
+    ours = [column.name for column in columns]
+    if theirs != ours:
+        raise DataError(
+            f"the encoders of task.features.previous, {earlier.url}, read the columns {theirs}, the settings name "
+            f"{ours}; leave out task.features.previous and train from the beginning"
+        )
+
+
+def _fit(storage: Storage, content: Manifest, columns: Sequence[config.FeatureColumn], settings: Settings) -> Encoders:
     found = len(read_shard(storage, content, 0).column_names) - 1
     if found != len(columns):
         raise DataError(f"content has {found} columns, the settings name {len(columns)}; run `pinsage ingest` again")

@@ -197,6 +197,9 @@ class Features(Section):
     """Encoders are fitted on at most this many items, evenly spread over the catalogue."""
     dtype: Literal["float32", "float16"] = "float32"
     """Stored precision."""
+    previous: str | None = None
+    """Run folder of an earlier night whose encoders are used as they are, fitted on its items: a model that goes on
+    from that night's knows only their columns. None: fitted anew."""
 
 
 class Walks(Section):
@@ -367,8 +370,12 @@ class Training(Section):
     learns to embed those that are (DropoutNet, Volkovs et al. 2017)."""
     content_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of the items of a batch whose own content is hidden, so that neighbours must speak for them."""
-    epochs: PositiveInt = 8
-    """Passes over the pairs, each in another order; the curriculum and the learning rate count in them."""
+    previous: str | None = None
+    """Run folder of an earlier night: training starts from its model (warm start). Needs its encoders too, see
+    features.previous. None: from random weights."""
+    epochs: Count = 8
+    """Passes over the pairs, each in another order; the curriculum and the learning rate count in them. 0: none, the
+    previous model is taken as it is, and the stages pairs and train have nothing to do."""
     batch_size: PositiveInt = 2048
     """Pairs per step over all ranks (paper: 2048); shrunk to the number of pairs if there are fewer. The pairs at the
     end of an epoch that do not fill a batch are left out of it."""
@@ -395,6 +402,8 @@ class Training(Section):
 
     @model_validator(mode="after")
     def _curriculum_is_in_order(self) -> Training:
+        if not self.epochs and self.previous is None:
+            raise ValueError("epochs is 0, which needs a model to take: name an earlier run in training.previous")
         epochs = [row.from_epoch for row in self.curriculum]
         if not epochs or epochs[0] != 1 or any(a >= b for a, b in pairwise(epochs)):
             raise ValueError(f"curriculum rows must begin at epoch 1 and rise, found from_epoch {epochs}")
@@ -832,7 +841,8 @@ def _resolve_paths(settings: Settings, where: str, base: str) -> Settings:
         return f"{scheme}{is_remote}{posixpath.normpath(posixpath.join(folder, path))}"
 
     tree = settings.model_dump()
-    data, resources = tree["task"]["data"], tree["resources"]
+    task, resources = tree["task"], tree["resources"]
+    data = task["data"]
     cache = resources["cache"]
     if cache is not None and is_remote and not os.path.isabs(cache):
         raise SettingsError(
@@ -842,7 +852,8 @@ def _resolve_paths(settings: Settings, where: str, base: str) -> Settings:
     for source in (data["interactions"], data["items"]):
         if source is not None:
             source["paths"] = tuple(absolute(path) for path in source["paths"])
-    for group, name in ((data, "previous"), (resources, "run"), (resources, "cache")):
+    earlier = [(task[part], "previous") for part in ("data", "features", "training")]
+    for group, name in (*earlier, (resources, "run"), (resources, "cache")):
         if group[name] is not None:
             group[name] = absolute(group[name])
     return Settings.model_validate(tree)
@@ -859,11 +870,13 @@ def _check_places(settings: Settings, where: str) -> None:
                     f"{where}: task.data.{name}.paths has {path}, which {'lies in' if lies_in else 'holds'} "
                     f"resources.run {run}; a run's folder is ours to write and sweep: keep your files and the run apart"
                 )
-    if data.previous is not None and _place(data.previous) == _place(run):
-        raise SettingsError(
-            f"{where}: task.data.previous and resources.run are both {run}; previous is an earlier run's folder, and "
-            "reading ids from the run that is being rebuilt would lose them: give tonight's run a folder of its own"
-        )
+    for part in ("data", "features", "training"):
+        earlier = getattr(settings.task, part).previous
+        if earlier is not None and _place(earlier) == _place(run):
+            raise SettingsError(
+                f"{where}: task.{part}.previous and resources.run are both {run}; previous is an earlier run's folder, "
+                "and what it holds would be lost while the run is rebuilt: give tonight's run a folder of its own"
+            )
 
 
 def _is_within(path: str, folder: str) -> bool:
