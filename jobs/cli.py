@@ -1,4 +1,4 @@
-"""The `pinsage` command: every stage, run, status, query, init, plan, settings and the demo."""
+"""The `pinsage` command: every stage, run, status, query, releases, init, plan, settings and the demo."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from jobs import releases
 from jobs.plan import PANEL, plan_command
+from jobs.releases import ReleaseOption
 from jobs.stage import ForceOption, OverrideOption, SettingsOption, exit_codes, lineage_of, run_stages, stage_command
 from pipeline import report
 from pipeline.contracts import schemas
@@ -45,6 +47,8 @@ def main() -> None:
 for _stage in schemas.STAGES:
     app.command(_stage.name, rich_help_panel="Stages, in order")(stage_command(_stage))
 app.command("plan", rich_help_panel=PANEL)(plan_command)
+for _name, _command in releases.COMMANDS.items():
+    app.command(_name, rich_help_panel=releases.PANEL)(_command)
 
 
 @app.command(rich_help_panel="The whole pipeline")
@@ -96,14 +100,15 @@ def status(settings: SettingsOption = "pinsage.yaml", override: OverrideOption =
 def query(
     item_key: Annotated[str, typer.Argument(help="The item's key, as in your data.")],
     k: Annotated[int, typer.Option("-k", min=1, help="How many neighbours.")] = 10,
+    release: ReleaseOption = None,
     settings: SettingsOption = "pinsage.yaml",
     override: OverrideOption = None,
 ) -> None:
     """Print the nearest neighbours of an item, with scores and titles."""
-    with exit_codes():
+    with exit_codes(), releases.opened(load_settings(settings, override or ()), release) as (loaded, _):
         from pipeline.index import Index
 
-        storage = Storage(load_settings(settings, override or ()).resources.run)
+        storage = Storage(loaded.resources.run)
         keys, scores = Index.open(storage).neighbours(item_key, k)
         nodes = read_table(storage, open_manifest(storage, schemas.ITEMS), ["key", "title"])
         titles = dict(zip(nodes.column("key").to_pylist(), nodes.column("title").to_pylist(), strict=True))
@@ -125,15 +130,16 @@ def embed(
         Path | None, typer.Option("--output", "-o", help="A Parquet file to write; without it, JSON lines are printed.")
     ] = None,
     k: Annotated[int, typer.Option("-k", min=0, help="Also the keys of this many nearest items of the catalogue.")] = 0,
+    release: ReleaseOption = None,
     settings: SettingsOption = "pinsage.yaml",
     override: OverrideOption = None,
 ) -> None:
     """Embed items that are not in the catalogue yet, from content and a few interactions; needs no Spark."""
-    with exit_codes():
+    with exit_codes(), releases.opened(load_settings(settings, override or ()), release) as (loaded, _):
         from jobs.embed import embed_files
 
         told = Console(stderr=True, highlight=False)
-        embed_files(load_settings(settings, override or ()), items, interactions, output, k, told)
+        embed_files(loaded, items, interactions, output, k, told)
 
 
 @app.command(rich_help_panel="Setting up")

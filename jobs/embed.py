@@ -4,7 +4,10 @@
     embedder = Embedder.open("pinsage.yaml")                       # once; threads may share it
     keys, vectors = embedder.embed([{"sku": "new-1", "title": "red mug"}], {"new-1": ["user-17", "user-4"]})
 
-Vectors lie in the space of the run's embeddings and may be looked up in its index. No Spark, and no GPU.
+Vectors lie in the space of the run's embeddings and may be looked up in its index. No Spark, and no GPU. Of a release:
+
+    with jobs.releases.opened(load_settings("pinsage.yaml"), "live") as (settings, release):
+        keys, vectors = Embedder(settings).embed(items)            # in the space release.space_id
 """
 
 from __future__ import annotations

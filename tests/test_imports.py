@@ -15,11 +15,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("pipeline", "model", "jobs", "infra", "tests")
-PACKAGES = ("pipeline", "pipeline.contracts", "pipeline.inference", "model", "jobs")
+PACKAGES = ("pipeline", "pipeline.contracts", "pipeline.inference", "pipeline.releases", "model", "jobs")
 
 # Modules of `pipeline` that are no stage but a stage's inner part, and the modules that may import them.
 KERNELS = {
-    "ann": {"index", "plan"},
+    "ann": {"index", "plan", "releases"},
     "clusters": {"inference", "neighbourhoods"},
     "encoders": {"features", "newcomers"},
     "event_kernel": {"ingest"},

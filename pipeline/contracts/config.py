@@ -11,7 +11,7 @@ import difflib
 import os
 import posixpath
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -593,11 +593,29 @@ class IndexResources(Section):
     factory auto chooses from, one that cannot be is left out then."""
 
 
+class ReleasesResources(Section):
+    """How long what readers may see is kept (`pinsage gc`), and how long a reader keeps it from being deleted."""
+
+    keep_count: PositiveInt = 7
+    """A release among the newest so many is kept, whatever its age."""
+    keep_days: Annotated[float, Field(ge=0.0)] = 14.0
+    """A release younger than this is kept, whatever their number; so is a run that never became one."""
+    lease_seconds: Annotated[float, Field(gt=0.0)] = 600.0
+    """An open release is kept for its reader so long; it says that it is still there every third of this. What a reader
+    that was killed held is free so long after its last word."""
+    clock_skew_seconds: Annotated[float, Field(ge=0.0)] = 300.0
+    """How far the clocks of readers and of `pinsage gc` may differ: a lease counts for so much longer than it says."""
+
+
 class Resources(Section):
     """Where it is computed and how big the pieces are."""
 
+    site: str | None = None
+    """Folder of nightly runs and releases: any fsspec URL; all below it is ours. Relative paths start at the settings
+    file. Nights lie in its runs/, what readers follow in its releases/."""
     run: str
-    """Folder of this run: any fsspec URL; all below it is ours. Relative paths start at the settings file."""
+    """Folder of this run: any fsspec URL; all below it is ours. Relative paths start at the settings file. May be left
+    out where site is given: it is then runs/manual of that."""
     cache: str | None = None
     """Local folder for memory-mapped copies, shared by the processes of a host; None: one in the temporary folder."""
     rows_per_shard: PositiveInt = 100_000
@@ -611,12 +629,29 @@ class Resources(Section):
     index: IndexResources = IndexResources()
     spark: SparkResources = SparkResources()
     training: TrainingResources = TrainingResources()
+    releases: ReleasesResources = ReleasesResources()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_site_has_a_place_for_a_run(cls, tree: Any) -> Any:
+        if isinstance(tree, Mapping) and tree.get("run") is None and isinstance(tree.get("site"), str):
+            return {**tree, "run": _manual_run(tree["site"])}
+        return tree
+
+    @property
+    def reads_live(self) -> bool:
+        """Whether readers follow the site's live release: a site is given, and no run of its own."""
+        return self.site is not None and self.run == _manual_run(self.site)
 
     @model_validator(mode="after")
     def _the_cache_is_a_folder(self) -> Resources:
         if self.cache is not None and "://" in self.cache:
             raise ValueError(f"cache {self.cache} is a URL; memory is mapped from a folder of the host: give its path")
         return self
+
+
+def _manual_run(site: str) -> str:
+    return f"{site.rstrip('/')}/runs/manual"
 
 
 class Settings(Section):
@@ -853,7 +888,7 @@ def _resolve_paths(settings: Settings, where: str, base: str) -> Settings:
         if source is not None:
             source["paths"] = tuple(absolute(path) for path in source["paths"])
     earlier = [(task[part], "previous") for part in ("data", "features", "training")]
-    for group, name in (*earlier, (resources, "run"), (resources, "cache")):
+    for group, name in (*earlier, (resources, "site"), (resources, "run"), (resources, "cache")):
         if group[name] is not None:
             group[name] = absolute(group[name])
     return Settings.model_validate(tree)
@@ -862,14 +897,22 @@ def _resolve_paths(settings: Settings, where: str, base: str) -> Settings:
 def _check_places(settings: Settings, where: str) -> None:
     """Raise SettingsError if the run would write over what it reads, or read what it writes."""
     data, run = settings.task.data, settings.resources.run
+    ours = {"run": run} if settings.resources.site is None else {"run": run, "site": settings.resources.site}
     for name, source in (("interactions", data.interactions), ("items", data.items)):
-        for path in () if source is None else source.paths:
-            lies_in, holds = _is_within(path, run), _is_within(run, path)
+        for path, (place, folder) in product(() if source is None else source.paths, ours.items()):
+            lies_in, holds = _is_within(path, folder), _is_within(folder, path)
             if lies_in or holds:
                 raise SettingsError(
                     f"{where}: task.data.{name}.paths has {path}, which {'lies in' if lies_in else 'holds'} "
-                    f"resources.run {run}; a run's folder is ours to write and sweep: keep your files and the run apart"
+                    f"resources.{place} {folder}; a {place}'s folder is ours to write and sweep: keep your files and "
+                    f"the {place} apart"
                 )
+    site = settings.resources.site
+    if site is not None and (_is_within(site, run) or (_is_within(run, site) and not _is_within(run, f"{site}/runs"))):
+        raise SettingsError(
+            f"{where}: resources.run is {run} and resources.site is {site}; a run of a site lies in {site}/runs, "
+            "beside the site's releases and not over them"
+        )
     for part in ("data", "features", "training"):
         earlier = getattr(settings.task, part).previous
         if earlier is not None and _place(earlier) == _place(run):

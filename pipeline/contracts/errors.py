@@ -25,3 +25,7 @@ class StorageError(PipelineError):
 
 class ResourceError(PipelineError):
     """The machine lacks what a stage needs: a port, a program, a package, memory."""
+
+
+class ConflictError(PipelineError):
+    """Somebody else was quicker; the message says who, and what is so now."""

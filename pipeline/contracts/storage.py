@@ -1,12 +1,14 @@
 """The only door to storage: whole objects in, whole objects out, on any fsspec URL.
 
 An object is written completely or not at all: on an object store by one put, elsewhere to a temporary name beside it,
-then renamed. Reads and writes are retried here and nowhere else. A Storage pickles to its URL, so Spark
-tasks and training ranks open their own. Memory: one object at a time.
+then renamed. Reads and writes are retried here and nowhere else. `write_if` (see `conditional`) decides between writers
+of one object. A Storage pickles to its URL, so Spark tasks and training ranks open their own. Memory: one object at a
+time.
 """
 
 from __future__ import annotations
 
+import datetime
 import errno
 import json
 import os
@@ -16,7 +18,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -25,6 +27,7 @@ from typing import Any, BinaryIO, TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from pipeline.contracts import conditional
 from pipeline.contracts.errors import StorageError
 
 T = TypeVar("T")
@@ -36,6 +39,8 @@ _PUTS_WHOLE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memory"}
 _UNFINISHED = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 _STAMPS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "modificationTime")
 """What file systems call the mark that changes when a file does."""
+_TIMES = ("mtime", "LastModified", "last_modified", "updated", "modificationTime", "created")
+"""What they call the time of the last write; the memory file system knows only when a file was made."""
 
 
 class Storage:
@@ -97,6 +102,34 @@ class Storage:
                     os.fsync(file.fileno())
 
         self._store(f"write {full} ({len(data):,} bytes)", full, write)
+
+    def write_if(self, path: str, expected: bytes | None, data: bytes) -> bool:
+        """Write the whole object if expected (None: nothing) is what lies there; else do nothing, and say False.
+
+        Of two who expect the same, one gets True. An object written so is written only so, and never twice with the
+        same content. Raises StorageError where the store cannot promise that.
+        """
+        full = self.locate(path)
+        write = partial(self.write_bytes, path, data)
+
+        def attempt() -> bool:
+            return conditional.write_if(self._filesystem, full, expected, data, write)
+
+        action, folder = f"write {full} ({len(data):,} bytes)", self.root if self.is_local else ""
+        try:
+            return retry(action, attempt, folder)
+        except FileNotFoundError as error:
+            raise explain(action, error, folder) from error
+
+    def check_conditions(self, probe: str) -> None:
+        """Raise StorageError if write_if cannot be trusted here; writes an object at probe and deletes it."""
+        full = self.locate(probe)
+        try:
+            conditional.check(self._filesystem, full)
+        except FileNotFoundError as error:
+            raise explain(f"write {full}", error) from error
+        finally:
+            self.delete(probe)
 
     def put_file(self, local: str | Path, path: str) -> None:
         """Store a local file under path, whole or not at all; for objects too large for memory."""
@@ -175,6 +208,17 @@ class Storage:
             return []
         return [name.rstrip("/").rsplit("/", 1)[-1] for name in names]
 
+    def files(self, path: str) -> dict[str, tuple[int, float]]:
+        """Bytes of every object below a folder, and when it was last written (seconds since 1970), by path in it."""
+        full = self.locate(path)
+        self._filesystem.invalidate_cache()
+        try:
+            found = retry(f"list {full}", lambda: self._filesystem.find(full, detail=True))
+        except FileNotFoundError:
+            return {}
+        below = len(self._filesystem._strip_protocol(full).rstrip("/")) + 1
+        return {name[below:]: (int(info["size"] or 0), _written(info)) for name, info in found.items()}
+
     def delete(self, path: str) -> None:
         """Remove an object, or a folder with all below it; nothing there is fine."""
         full = self.locate(path)
@@ -185,10 +229,14 @@ class Storage:
 
         retry(f"delete {full}", delete)
 
-    def remove_unfinished(self, path: str) -> None:
-        """Remove what interrupted writes left in a folder; call it when nobody writes there."""
-        for name in self._list(path):
-            if _UNFINISHED.fullmatch(name):
+    def remove_unfinished(self, path: str, before: float | None = None) -> None:
+        """Remove what interrupted writes left in a folder; call it when nobody writes there.
+
+        before: only what was last written before that time, and below its folders too; then others may write.
+        """
+        old = self._list(path) if before is None else [n for n, (_, time) in self.files(path).items() if time < before]
+        for name in old:
+            if _UNFINISHED.fullmatch(name.rsplit("/", 1)[-1]):
                 self.delete(f"{path}/{name}")
 
     def check_writable(self) -> None:
@@ -240,6 +288,14 @@ def _nearest_folder(path: str) -> str:
     while not os.path.isdir(path):
         path = os.path.dirname(path)
     return path
+
+
+def _written(info: Mapping[str, Any]) -> float:
+    """When a file was last written, by whatever name its file system has for that."""
+    value = next((info[mark] for mark in _TIMES if info.get(mark)), 0.0)
+    if isinstance(value, str):
+        value = datetime.datetime.fromisoformat(value.replace("Z", "+00:00"))
+    return float(value.timestamp() if isinstance(value, datetime.datetime) else value)
 
 
 def describe_inputs(url: str) -> list[dict[str, Any]]:

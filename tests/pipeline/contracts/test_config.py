@@ -188,6 +188,30 @@ def test_a_run_and_what_it_reads_are_kept_apart(path: str, run: str, found: str)
         assert f", which {found} resources.run" in text
 
 
+def test_a_site_is_enough_and_its_manual_run_follows_the_live_release() -> None:
+    content = tree()
+    content["resources"] = {"site": "shop/"}
+    resources = parse_settings(content, base="/data").resources
+    assert (resources.site, resources.run, resources.reads_live) == ("/data/shop", "/data/shop/runs/manual", True)
+    content["resources"]["run"] = "shop/runs/2011-03-05"
+    assert not parse_settings(content, base="/data").resources.reads_live
+    assert not parse_settings(tree()).resources.reads_live
+
+
+@pytest.mark.parametrize(("path", "found"), [("shop/x.parquet", "lies in"), (".", "holds")])
+def test_a_site_and_what_is_read_are_kept_apart(path: str, found: str) -> None:
+    content = tree(data={"interactions": {**INTERACTIONS, "paths": path}})
+    content["resources"] = {"site": "shop", "run": "/elsewhere/run"}
+    assert f"which {found} resources.site /data/shop; a site's folder is ours" in message(content, base="/data")
+
+
+@pytest.mark.parametrize("run", ["shop", "shop/releases", "shop/x", "."])
+def test_a_run_never_lies_over_the_releases_of_its_site(run: str) -> None:
+    content = tree(data={"interactions": {**INTERACTIONS, "paths": "/in/x.csv"}})
+    content["resources"] = {"site": "shop", "run": run}
+    assert "a run of a site lies in /data/shop/runs, beside" in message(content, base="/data")
+
+
 @pytest.mark.parametrize("path", ["runs/a.parquet", "runs/ab/e.csv", "runs/*.csv", "s3://b/runs/a/e.csv"])
 def test_files_beside_the_run_are_read(path: str) -> None:
     content = tree(data={"interactions": {**INTERACTIONS, "paths": path}})
