@@ -1,4 +1,4 @@
-"""The `pinsage` command: every stage, run, status, query, init, plan, settings and the demo."""
+"""The `pinsage` command: every stage, run, status, query, init, plan, gate, settings and the demo."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from jobs.gate import gate_command
 from jobs.plan import PANEL, plan_command
 from jobs.stage import ForceOption, OverrideOption, SettingsOption, exit_codes, lineage_of, run_stages, stage_command
 from pipeline import report
@@ -45,6 +46,7 @@ def main() -> None:
 for _stage in schemas.STAGES:
     app.command(_stage.name, rich_help_panel="Stages, in order")(stage_command(_stage))
 app.command("plan", rich_help_panel=PANEL)(plan_command)
+app.command("gate", rich_help_panel="The whole pipeline")(gate_command)
 
 
 @app.command(rich_help_panel="The whole pipeline")
