@@ -1,4 +1,4 @@
-"""The `pinsage` command: every stage, run, status, query, releases, init, plan, settings and the demo."""
+"""The `pinsage` command: every stage, run, nightly, status, query, releases, gate, init, plan, settings, the demo."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from jobs import releases
+from jobs.gate import gate_command
 from jobs.plan import PANEL, plan_command
 from jobs.releases import ReleaseOption
 from jobs.stage import ForceOption, OverrideOption, SettingsOption, exit_codes, lineage_of, run_stages, stage_command
@@ -49,6 +50,7 @@ for _stage in schemas.STAGES:
 app.command("plan", rich_help_panel=PANEL)(plan_command)
 for _name, _command in releases.COMMANDS.items():
     app.command(_name, rich_help_panel=releases.PANEL)(_command)
+app.command("gate", rich_help_panel=releases.PANEL)(gate_command)
 
 
 @app.command(rich_help_panel="The whole pipeline")

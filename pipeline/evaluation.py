@@ -33,14 +33,12 @@ from pipeline.contracts.datasets import Lineage, Manifest
 from pipeline.contracts.errors import DataError
 from pipeline.contracts.replica import map_lists, map_values, map_vectors
 from pipeline.contracts.storage import Storage
-from pipeline.questions import Events, item_to_item
-from pipeline.ranking import Catalogue, Ints, Questions
+from pipeline.questions import Events, item_to_item, read_events, sample_blocks
+from pipeline.ranking import Catalogue, Ints, Questions, compare
 from pipeline.spark import run_tasks
 
 PINSAGE, POPULARITY, ITEM_KNN, CONTENT_KNN = "PinSage", "popularity", "item-kNN", "content-only kNN"
 ITEM_TO_ITEM, USER_TO_ITEM = "item_to_item", "user_to_item"
-BLOCK_QUERIES = 2500
-"""Queries of one Spark task: enough to share a pass over the catalogue, few enough to spread and to retry."""
 NEIGHBOURS_SHOWN = 8
 HEALTH_SAMPLE = 1000
 DAY = 86_400
@@ -78,7 +76,7 @@ def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Line
         **survey,
         "index": json.loads(datasets.read_file(storage, manifests["index"], "recall.json")),
         "training": json.loads(datasets.read_file(storage, manifests["model"], history)) if history else None,
-        "data": manifests["interactions"].metadata,
+        "data": {name: value for name, value in manifests["interactions"].metadata.items() if name != "days"},
         "graph": {side: manifests[name].metadata for side, name in (("users", "user_items"), ("items", "item_users"))},
         "settings": lineage.settings,
         "lineage": {"fingerprint": lineage.fingerprint, "inputs": lineage.inputs, "code": datasets.code_version()},
@@ -167,23 +165,6 @@ def _indptr(rows: Ints, count: int) -> Ints:
     return np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=count))]).astype(np.int64)
 
 
-def sample_blocks(
-    queries: Sequence[int], limit: int, seed: Sequence[int], block: int = BLOCK_QUERIES
-) -> list[dict[str, Any]]:
-    """Tasks over at most limit queries, drawn evenly from those of all shards: for each shard, which of its own."""
-    total = sum(queries)
-    chosen = np.arange(total)
-    if total > limit:
-        chosen = np.sort(np.random.default_rng(seed).choice(total, limit, replace=False))
-    ends = np.cumsum(queries)
-    tasks = []
-    for part in np.split(chosen, range(block, len(chosen), block)) if len(chosen) else []:
-        shards = np.searchsorted(ends, part, side="right")
-        local = part - (ends - queries)[shards]
-        tasks.append({"parts": [{"shard": int(s), "chosen": local[shards == s].tolist()} for s in np.unique(shards)]})
-    return tasks
-
-
 # ------------------------------------------------------------------------------------------------ tasks
 
 
@@ -210,28 +191,8 @@ class Source:
         return map_lists(self.storage, self.manifests[dataset], "neighbours", self.cache)
 
     def events(self, shard: int) -> Events:
-        """All events of the users whose first event lies in this shard: neighbouring shards complete them."""
-        manifest = self.manifests["interactions"]
-        columns = ["user_id", "item_id", "timestamp", "split"]
-
-        def read(number: int) -> list[Ints]:
-            table = datasets.read_shard(self.storage, manifest, number, columns)
-            return [table.column(name).to_numpy().astype(np.int64) for name in columns]
-
-        parts = [read(shard)]
-        if shard > 0 and len(parts[0][0]):
-            before = datasets.read_shard(self.storage, manifest, shard - 1, ["user_id"]).column("user_id")
-            own = parts[0][0] != before[len(before) - 1].as_py()
-            parts = [[array[own] for array in parts[0]]]
-        for number in range(shard + 1, len(manifest.shards)):
-            if not len(parts[-1][0]):
-                break
-            following = read(number)
-            own = following[0] == parts[0][0][-1]
-            parts.append([array[own] for array in following])
-            if not own.all():
-                break
-        return Events(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+        """All events of the users whose first event lies in this shard."""
+        return read_events(self.storage, self.manifests["interactions"], shard)
 
     def content(self) -> Catalogue | None:
         """The features that come from content, at length 1: no degree, no missing flags; None if there are none."""
@@ -397,42 +358,6 @@ def summarise(
             values = {m: ranking.query_metrics(r[kept], own, len(asked), ks) for m, r in ranks.items()}
             slices[name] |= compare(values, users[asked], ranking.metric_names(ks), resamples, seed)
     return {"num_ranked": len(users), "slices": slices}
-
-
-def compare(
-    values: Mapping[str, ranking.Floats], users: Ints, names: Sequence[str], resamples: int, seed: int
-) -> dict[str, Any]:
-    """Means and 95 % intervals of each method's metrics, and of the first method's lead over each of the others.
-
-    values is [queries, metrics] per method. Intervals are None where all queries are of one user.
-    """
-    methods = list(values)
-    stacked = np.stack(list(values.values()), axis=1)
-    means = stacked.mean(axis=0)
-    known = len(np.unique(users)) > 1
-    shape = (resamples, *means.shape)
-    samples = ranking.bootstrap_means(stacked.reshape(len(users), -1), users, resamples, seed).reshape(shape)
-
-    def interval(mean: float, drawn: ranking.Floats) -> dict[str, float | None]:
-        low, high = np.percentile(drawn, [2.5, 97.5]).tolist() if known else (None, None)
-        return {"mean": float(mean), "low": low, "high": high}
-
-    leads = ("mrr", "hit_rate@10" if "hit_rate@10" in names else names[1])
-    return {
-        "methods": {
-            method: {name: interval(means[m, n], samples[:, m, n]) for n, name in enumerate(names)}
-            for m, method in enumerate(methods)
-        },
-        "leads": {
-            method: {
-                name: interval(means[0, n] - means[m, n], samples[:, 0, n] - samples[:, m, n])
-                for n, name in enumerate(names)
-                if name in leads
-            }
-            for m, method in enumerate(methods)
-            if m > 0
-        },
-    }
 
 
 def _add(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:

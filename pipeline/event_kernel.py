@@ -13,6 +13,8 @@ from pipeline.contracts.config import Split
 from pipeline.contracts.schemas import TEST_SPLIT, TRAIN_SPLIT, VALIDATION_SPLIT
 from pipeline.mixing import GOLDEN, mix
 
+DAY = 86_400
+"""Seconds, of timestamps that have a clock."""
 NUM_BUCKETS = 1 << 16
 """Of a temporal split's histogram of time."""
 _DIGIT_BITS = 11
@@ -40,6 +42,26 @@ def stable_order(keys: NDArray[np.uint64]) -> NDArray[np.uint32]:
         return np.zeros(0, np.uint32)
     order: NDArray[np.uint32] = _radix_order(keys, int(keys.max()).bit_length())
     return order
+
+
+def daily(
+    users: NDArray[np.integer], items: NDArray[np.integer], timestamps: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], ...]:
+    """Of events in user_order, by day that has any: the day since 1970, its events, the users and the repeats among
+    them, and a digest of what was touched at which second. A repeat has another event's user, item and timestamp.
+
+    Digests of parts add up, modulo 2 ** 64, to that of the whole; two days of one digest hold the same events.
+    """
+    days, place = np.unique(timestamps // DAY, return_inverse=True)
+    keys, parts = _event_hashes(users.astype(np.uint64), items.astype(np.uint64), timestamps)
+    order = np.argsort(keys)
+    again = order[1:][keys[order[1:]] == keys[order[:-1]]]
+    first = np.ones(len(users), bool)
+    first[1:] = (users[1:] != users[:-1]) | (place[1:] != place[:-1])
+    digests = np.zeros(len(days), np.uint64)
+    np.add.at(digests, place, parts)
+    counts = (np.bincount(rows, minlength=len(days)) for rows in (place, place[first], place[again]))
+    return days, *counts, digests.view(np.int64)
 
 
 def bucket_counts(timestamps: NDArray[np.int64], first: int, last: int) -> NDArray[np.int64]:
@@ -125,6 +147,17 @@ def _radix_order(keys: Any, num_bits: Any) -> Any:
             other[place], next_order[place] = one[k], order[k]
         one, other, order, next_order = other, one, next_order, order
     return order
+
+
+@numba.njit(cache=True, nogil=True)
+def _event_hashes(users: Any, items: Any, timestamps: Any) -> Any:
+    """Hashes of user, item and timestamp, and of item and second of the day."""
+    whole, parts = np.empty(len(users), np.uint64), np.empty(len(users), np.uint64)
+    for k in range(len(users)):
+        item = mix(items[k] + GOLDEN)
+        whole[k] = mix(mix(item + users[k]) ^ (np.uint64(timestamps[k]) * GOLDEN))
+        parts[k] = mix(item ^ (np.uint64(timestamps[k] % DAY) * GOLDEN))
+    return whole, parts
 
 
 @numba.njit(cache=True, nogil=True)

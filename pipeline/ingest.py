@@ -137,6 +137,7 @@ class _Side:
     dataset: Dataset
     count: int
     earlier: int
+    present: int  # of tonight's input
     table: str
     offsets: tuple[int, ...]
     num_shards: int
@@ -405,10 +406,11 @@ def _number(work: _Work, name: str, dataset: Dataset) -> _Side:
             if adds:
                 tonight = kernel.distinct(kernel.concatenated([tonight, strangers]))
         if not earlier:
-            return [kernel.table_of(tonight)], {**report, "new": len(tonight)}
+            return [kernel.table_of(tonight)], {**report, "new": len(tonight), "present": len(tonight)}
         former, rows = work.keys(name, f"{name}-earlier", task["range"], pa.field("id", pa.int64()))
         both, known, present = kernel.united(former, rows.column("id").to_numpy(), tonight)
-        return [kernel.table_of(both, known=known, present=present)], {**report, "new": int((known < 0).sum())}
+        report |= {"new": int((known < 0).sum()), "present": int(np.count_nonzero(present))}
+        return [kernel.table_of(both, known=known, present=present)], report
 
     keys = Output(f"{SCRATCH}/{name}-table", describe=lambda _: {"columns": _columns(work, name)})
     reports = work.run(f"{name}-numbers", _ranges(num_ranges), [keys], number, f"number {dataset.name}")
@@ -420,7 +422,8 @@ def _number(work: _Work, name: str, dataset: Dataset) -> _Side:
     offsets = earlier + np.concatenate([[0], np.cumsum(new[:-1], dtype=np.int64)])
     table = f"{SCRATCH}/{name}-ids" if earlier else f"{SCRATCH}/{name}-table"
     num_shards = count_shards(total, work.rows_per_shard)
-    return _Side(name, dataset, total, earlier, table, tuple(offsets.astype(int).tolist()), num_shards)
+    present = sum(report["present"] for report in reports)
+    return _Side(name, dataset, total, earlier, present, table, tuple(offsets.astype(int).tolist()), num_shards)
 
 
 def check_ids(total: int, dataset: Dataset) -> None:
@@ -558,6 +561,23 @@ def _moments(work: _Work, seen: _Seen) -> tuple[int, int]:
     return event_kernel.moments(seen.first, seen.last, counts, work.split)
 
 
+_DAYS = ("day", "events", "users", "repeats", "digest")
+_DAYS_KEPT = 400
+
+
+def _daily(work: _Work) -> dict[str, Any]:
+    """The last days that have events, as INTERACTIONS' metadata: what a gate compares nights by."""
+    found: dict[int, list[int]] = {}
+    manifest = work.open("days")
+    for number in range(len(manifest.shards)):
+        rows = read_shard(work.storage, manifest, number)
+        for day, *counts in zip(*(rows.column(name).to_pylist() for name in _DAYS), strict=True):
+            found[day] = [one + other for one, other in zip(found.get(day, [0] * len(counts)), counts, strict=True)]
+        found = {day: found[day] for day in sorted(found)[-_DAYS_KEPT:]}
+    days = [[day, *counts[:-1], f"{counts[-1] % 2**64:016x}"] for day, counts in sorted(found.items())]
+    return {"days": {"columns": list(_DAYS), "rows": days}}
+
+
 _DEGREES = pa.schema([("id", pa.uint32()), ("count", pa.uint32()), ("first", pa.int64())])
 
 
@@ -566,8 +586,9 @@ def _write_interactions(work: _Work, seen: _Seen, users: _Side, items: _Side, sa
     num_shards, schema, split = _num_event_shards(work, seen, users), _events_schema(work), work.split
     report: dict[str, Any] = {
         "read": seen.total, "bad": seen.bad, "weightless": seen.weightless, **said,
-        "split": split.kind,
+        "split": split.kind, "first": seen.first, "last": seen.last,
     }  # fmt: skip
+    has_clock = work.data.interactions.timestamp_unit != "order"
     first_held = (0, 0)
     if split.kind == "temporal":
         first_held = _moments(work, seen)
@@ -590,7 +611,9 @@ def _write_interactions(work: _Work, seen: _Seen, users: _Side, items: _Side, sa
         )
         rows = pa.table({"id": ids, "count": counts.astype(np.uint32), "first": firsts}, schema=_DEGREES)
         marks = np.bincount(columns["split"], minlength=3).tolist()
+        by_day = event_kernel.daily(*(columns[name] for name in ("user_id", "item_id", "timestamp")))
         return (
+            pa.table(dict(zip(_DAYS, by_day, strict=True))).slice(0, None if has_clock else 0),
             pa.table(columns).select(schemas.INTERACTIONS.arrow.names),
             pa.table({"degree": degree, "first_seen": first_seen}),
             (rows, shard_of(ids, items.count, items.num_shards)),
@@ -600,9 +623,11 @@ def _write_interactions(work: _Work, seen: _Seen, users: _Side, items: _Side, sa
         marks = np.sum([done["marks"] for done in reports], axis=0).tolist()
         if not marks[TRAIN]:
             raise DataError(f"the split leaves no training interaction: {report}; make task.split.test smaller")
-        return {**report, "train": marks[TRAIN], "validation": marks[VALIDATION], "test": marks[TEST]}
+        by_split = {"train": marks[TRAIN], "validation": marks[VALIDATION], "test": marks[TEST]}
+        return {**report, **by_split, **(_daily(work) if has_clock else {})}
 
     outputs = (
+        _scratch("days"),
         Output(schemas.INTERACTIONS, describe=describe),
         _scratch("user-degrees"),
         _scratch("item-degrees", items.num_shards),
@@ -628,7 +653,7 @@ def _placed(work: _Work, side: _Side, number: int) -> tuple[pa.Array, int, int]:
 
 
 def _describe(work: _Work, side: _Side) -> Callable[[list[Report]], dict[str, Any]]:
-    found = {"new": side.count - side.earlier, "integer_keys": work.integers[side.name]}
+    found = {"new": side.count - side.earlier, "present": side.present, "integer_keys": work.integers[side.name]}
     return lambda _: found
 
 

@@ -1,18 +1,25 @@
 """What is asked of embeddings item to item: of every held-out event, which item follows the one touched before it.
 
-The evaluation asks about test events, the trainer about validation events; both leave out what the user has seen. Numpy
-in, numpy out.
+The evaluation and the gate ask about test events, the trainer about validation events; all leave out what the user has
+seen. Numpy in, numpy out; a task reads one shard's users.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.contracts import schemas
+from pipeline.contracts.datasets import Manifest, read_shard
+from pipeline.contracts.storage import Storage
 from pipeline.ranking import Ints, Questions
+
+BLOCK_QUERIES = 2500
+"""Queries of one Spark task: enough to share a pass over the catalogue, few enough to spread and to retry."""
 
 
 @dataclass(frozen=True)
@@ -71,3 +78,47 @@ def ragged(starts: Ints, lengths: Ints) -> tuple[Ints, Ints]:
     """The places start, start + 1, ... of every slice, one after the other, and their row pointers."""
     indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     return np.arange(indptr[-1]) + np.repeat(starts - indptr[:-1], lengths), indptr
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def read_events(storage: Storage, manifest: Manifest, shard: int) -> Events:
+    """All events of the users whose first event lies in this shard: neighbouring shards complete them."""
+    columns = ["user_id", "item_id", "timestamp", "split"]
+
+    def read(number: int) -> list[Ints]:
+        table = read_shard(storage, manifest, number, columns)
+        return [table.column(name).to_numpy().astype(np.int64) for name in columns]
+
+    parts = [read(shard)]
+    if shard > 0 and len(parts[0][0]):
+        before = read_shard(storage, manifest, shard - 1, ["user_id"]).column("user_id")
+        own = parts[0][0] != before[len(before) - 1].as_py()
+        parts = [[array[own] for array in parts[0]]]
+    for number in range(shard + 1, len(manifest.shards)):
+        if not len(parts[-1][0]):
+            break
+        following = read(number)
+        own = following[0] == parts[0][0][-1]
+        parts.append([array[own] for array in following])
+        if not own.all():
+            break
+    return Events(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+
+def sample_blocks(
+    queries: Sequence[int], limit: int, seed: Sequence[int], block: int = BLOCK_QUERIES
+) -> list[dict[str, Any]]:
+    """Tasks over at most limit queries, drawn evenly from those of all shards: for each shard, which of its own."""
+    total = sum(queries)
+    chosen = np.arange(total)
+    if total > limit:
+        chosen = np.sort(np.random.default_rng(seed).choice(total, limit, replace=False))
+    ends = np.cumsum(queries)
+    tasks = []
+    for part in np.split(chosen, range(block, len(chosen), block)) if len(chosen) else []:
+        shards = np.searchsorted(ends, part, side="right")
+        local = part - (ends - queries)[shards]
+        tasks.append({"parts": [{"shard": int(s), "chosen": local[shards == s].tolist()} for s in np.unique(shards)]})
+    return tasks

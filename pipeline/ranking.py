@@ -8,7 +8,7 @@ are made in blocks of bounded size and only counted; no [questions, items] matri
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -330,3 +330,39 @@ def bootstrap_means(values: Floats, users: NDArray[np.integer], resamples: int, 
         times = np.bincount(draws.ravel(), minlength=size * num_users).reshape(size, num_users).astype(np.float64)
         means[start : start + size] = (times @ sums) / (times @ counts)[:, None]
     return means
+
+
+def compare(
+    values: Mapping[str, Floats], users: Ints, names: Sequence[str], resamples: int, seed: int
+) -> dict[str, Any]:
+    """Means and 95 % intervals of each method's metrics, and of the first method's lead over each of the others.
+
+    values is [queries, metrics] per method. Intervals are None where all queries are of one user.
+    """
+    methods = list(values)
+    stacked = np.stack(list(values.values()), axis=1)
+    means = stacked.mean(axis=0)
+    known = len(np.unique(users)) > 1
+    shape = (resamples, *means.shape)
+    samples = bootstrap_means(stacked.reshape(len(users), -1), users, resamples, seed).reshape(shape)
+
+    def interval(mean: float, drawn: Floats) -> dict[str, float | None]:
+        low, high = np.percentile(drawn, [2.5, 97.5]).tolist() if known else (None, None)
+        return {"mean": float(mean), "low": low, "high": high}
+
+    leads = ("mrr", "hit_rate@10" if "hit_rate@10" in names else names[1])
+    return {
+        "methods": {
+            method: {name: interval(means[m, n], samples[:, m, n]) for n, name in enumerate(names)}
+            for m, method in enumerate(methods)
+        },
+        "leads": {
+            method: {
+                name: interval(means[0, n] - means[m, n], samples[:, 0, n] - samples[:, m, n])
+                for n, name in enumerate(names)
+                if name in leads
+            }
+            for m, method in enumerate(methods)
+            if m > 0
+        },
+    }

@@ -15,7 +15,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("pipeline", "model", "jobs", "infra", "tests")
-PACKAGES = ("pipeline", "pipeline.contracts", "pipeline.inference", "pipeline.releases", "model", "jobs")
+PACKAGES = (
+    "pipeline", "pipeline.contracts", "pipeline.gate", "pipeline.inference", "pipeline.nightly", "pipeline.releases",
+    "model", "jobs",
+)  # fmt: skip
 
 # Modules of `pipeline` that are no stage but a stage's inner part, and the modules that may import them.
 KERNELS = {
@@ -30,8 +33,8 @@ KERNELS = {
     "keys": {"ingest", "newcomers"},
     "mixing": {"event_kernel", "exact_kernel", "graph_kernel", "inference", "top_sums", "walk_kernel", "walkers"},
     "neighbourhoods": {"newcomers", "pairs", "walks"},
-    "questions": {"evaluation", "pairs"},
-    "ranking": {"evaluation", "questions"},
+    "questions": {"evaluation", "gate", "pairs"},
+    "ranking": {"evaluation", "gate", "questions"},
     "report": {"evaluation", "index"},
     "shipping": {"neighbourhoods"},
     "sources": {"guess", "ingest", "newcomers"},

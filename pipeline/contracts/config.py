@@ -471,6 +471,74 @@ class Evaluation(Section):
     """Items whose nearest neighbours are shown by name."""
 
 
+QuietDays = Annotated[str, Field(pattern=r"^(\d{4}-)?\d\d-\d\d(\.\.(\d{4}-)?\d\d-\d\d)?$")]
+
+
+class Gate(Section):
+    """What lets tonight's run take the live release's place; every bound is one check's."""
+
+    tolerated_loss: Share = 0.05
+    """Of the live release's MRR and hit-rate@10 on tonight's test events: a larger loss that is significant (95 %,
+    paired by user) blocks. Training again from scratch moves them by 1 to 3 %."""
+    tolerated_cold_loss: Share = 0.15
+    """As tolerated_loss, for items without training interactions: fewer events, and less depends on them."""
+    min_questions: PositiveInt = 100
+    """With fewer questions that both runs can answer, a comparison says nothing and is skipped."""
+    over_popularity: Annotated[float, Field(ge=0.0)] = 1.0
+    """PinSage's MRR, item to item, is at least this many times that of popularity. 0: not asked."""
+    over_content: Annotated[float, Field(ge=0.0)] = 0.9
+    """As over_popularity, of the content alone; below 1 where interactions are too few to add to it. 0: not asked."""
+    recall_slack: Share = 0.02
+    """How far the index's recall may stay below task.index.recall_target."""
+    min_coverage: Share = 0.999
+    """Share of the catalogue that has an embedding other than zeros."""
+    min_spread: Share = 0.02
+    """Variance of the embeddings, as a share of their mean squared length: near 0 all items are alike."""
+    min_spread_kept: Share = 0.5
+    """Share of the live release's spread that is left."""
+    norm_factor: Annotated[float, Field(gt=1.0)] = 2.0
+    """Mean length of the embeddings: at most this many times that of the live release, and at least one over it."""
+    max_blank_rise: Share = 0.05
+    """By how much the share of items with missing or all-zero content may rise above the live release's."""
+    max_constant_rise: Share = 0.1
+    """By how much the share of content columns that are equal for all items may rise."""
+    churn: Share = 0.5
+    """Share of the ten nearest items of an item that others may replace, while the model stays the same."""
+    churn_new_model: Share = 0.9
+    """As churn, for a newly trained model: two trainings on the same data share about half of them."""
+    drift: Share = 0.2
+    """1 - mean cosine of items with themselves in the live release, after the best rotation; the same model."""
+    drift_new_model: Share = 0.7
+    """As drift, for a newly trained model."""
+    sample: PositiveInt = 1000
+    """Items whose neighbours are compared by exact search: one pass over both catalogues."""
+    align: bool = False
+    """Also store the rotation that turns tonight's vectors into the live release's space, for readers who compare
+    vectors of different nights."""
+    max_degree_shift: Annotated[float, Field(gt=0.0)] = 0.25
+    """Population stability index of the items' degrees, in octaves: 0.1 is a change, 0.25 another population."""
+    nights: PositiveInt = 8
+    """Tonight's data is compared with the same weekdays of so many weeks, and with the summaries of so many nights."""
+    min_volume: Share = 0.5
+    """Share of the usual number of events: half of the data missing blocks. A quiet week of a small shop has 0.6."""
+    min_basket: Share = 0.65
+    """Share of the usual events of a user and day. It varies less than the volume, so it betrays lost rows sooner."""
+    max_lost: Share = 0.05
+    """Share of the events that the live release knew, of the time that both cover, which may be gone."""
+    max_repeats: Share = 0.05
+    """Share of tonight's new events that repeat another's user, item and moment, above what is usual."""
+    max_age_days: Annotated[float, Field(gt=0.0)] = 5.0
+    """Age of the newest event at the end of the night's day (UTC): long weekends pass, a dead feed does not."""
+    future_hours: Annotated[float, Field(ge=0.0)] = 14.0
+    """How far after the end of the night's day (UTC) an event may be dated: the farthest time zone is 14 h ahead."""
+    quiet_days: tuple[QuietDays, ...] = ()
+    """Days of which no usual volume is expected, such as [12-20..01-06, 2011-04-29], nor counted as age."""
+    max_quarantined: Share = 0.01
+    """Share of the newly read interactions that were set aside as bad."""
+    min_catalogue: Share = 0.9
+    """Share of the live release's catalogue that tonight's input must have."""
+
+
 class Task(Section):
     """What is computed."""
 
@@ -490,6 +558,7 @@ class Task(Section):
     compact: Compact = Compact()
     index: Index = Index()
     evaluation: Evaluation = Evaluation()
+    gate: Gate = Gate()
 
     @model_validator(mode="after")
     def _a_moment_needs_a_clock(self) -> Task:

@@ -215,6 +215,8 @@ INDEX = Dataset(
 )
 EVALUATION = Dataset("evaluation", (), None, "metrics.json and report.html")
 
+GATE = Dataset("gate", (), None, "verdict.json: may this run be released, and why; alignment.npy, if task.gate.align")
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -335,8 +337,9 @@ SCRATCH = {name: name for name in (INGEST.name, GRAPH.name, WALKS.name)} | {
     "pairs-ranking": PAIRS_STAGE.name,
     TRAINING: TRAIN.name,
     LAYERS.name: INFERENCE.name,
+    GATE.name: GATE.name,
     COMPACT_WORK: COMPACT_STAGE.name,
     INDEX_PARTS: INDEX_STAGE.name,
     INDEX_LOG: INDEX_STAGE.name,
 }
-"""Folders of what a stage keeps only while it runs, and the stage."""
+"""Folders of what a stage keeps only while it runs, or of what is no stage's, and the command that makes it."""

@@ -18,7 +18,7 @@ from pipeline.contracts.config import Settings, parse_settings
 from pipeline.contracts.datasets import Lineage
 from pipeline.contracts.errors import DataError
 from pipeline.contracts.storage import Storage
-from pipeline.questions import Events, item_to_item
+from pipeline.questions import Events, item_to_item, sample_blocks
 from pipeline.ranking import Catalogue, Questions
 
 LINEAGE = Lineage("test", {}, {})
@@ -151,13 +151,13 @@ def test_joined_questions_stay_the_same_questions() -> None:
 
 
 def test_every_query_is_drawn_at_most_once_and_from_the_shard_that_has_it() -> None:
-    tasks = evaluation.sample_blocks([5, 0, 20, 7], limit=13, seed=[1, 2], block=4)
+    tasks = sample_blocks([5, 0, 20, 7], limit=13, seed=[1, 2], block=4)
     drawn = [(part["shard"], local) for task in tasks for part in task["parts"] for local in part["chosen"]]
     assert len(drawn) == len(set(drawn)) == 13
     assert all(local < [5, 0, 20, 7][shard] for shard, local in drawn)
     assert max(sum(len(part["chosen"]) for part in task["parts"]) for task in tasks) == 4
-    assert evaluation.sample_blocks([0, 0], 10, [1]) == []
-    all_of_them = evaluation.sample_blocks([2, 1], 10, [1])
+    assert sample_blocks([0, 0], 10, [1]) == []
+    all_of_them = sample_blocks([2, 1], 10, [1])
     assert all_of_them == [{"parts": [{"shard": 0, "chosen": [0, 1]}, {"shard": 1, "chosen": [0]}]}]
 
 
@@ -281,10 +281,10 @@ def test_bootstrap_resamples_users_and_not_their_queries() -> None:
 def test_a_lead_is_paired_so_equal_methods_differ_by_nothing() -> None:
     values = np.random.default_rng(9).random((300, 2))
     names = ["mrr", "hit_rate@10"]
-    found = evaluation.compare({"a": values, "b": values - 0.1}, np.arange(300), names, 200, 1)
+    found = ranking.compare({"a": values, "b": values - 0.1}, np.arange(300), names, 200, 1)
     lead = found["leads"]["b"]["mrr"]
     assert [lead["mean"], lead["low"], lead["high"]] == pytest.approx([0.1, 0.1, 0.1])
-    alone = evaluation.compare({"a": values}, np.zeros(300, dtype=int), names, 200, 1)
+    alone = ranking.compare({"a": values}, np.zeros(300, dtype=int), names, 200, 1)
     assert alone["methods"]["a"]["mrr"]["low"] is None
 
 

@@ -175,7 +175,8 @@ def test_integer_ids_are_kept_when_the_next_night_has_text(
         assert after[: len(before)] == before
         assert sorted(map(int, after)) == list(range(last))
         manifest = open_manifest(tonight, schemas.ITEMS)
-        assert manifest.metadata == {"new": last - len(before), "integer_keys": night < 2}
+        assert manifest.metadata["new"] == last - len(before)
+        assert manifest.metadata["integer_keys"] == (night < 2)
         tree["task"]["data"]["previous"], before = tonight.url, after
 
 
@@ -305,6 +306,41 @@ def test_ids_are_kept_from_an_earlier_run_and_new_keys_appended(
     assert after[len(before) :] == ["aaa first in the alphabet"]
     content = read_table(tonight, open_manifest(tonight, schemas.CONTENT)).to_pylist()
     assert content[before.index("lonely")]["content_name"] is None
+    assert open_manifest(tonight, schemas.ITEMS).metadata["present"] == len(before)
+
+
+def test_every_day_is_counted_however_many_shards_it_lies_in(
+    spark: SparkSession, storage: Storage, tmp_path: Path
+) -> None:
+    tree = shop(tmp_path, storage)
+    path = tmp_path / "data" / "interactions.parquet"
+    table = pq.read_table(path)
+    times = table.column("when").to_numpy()
+    copied = table.filter(pa.array(times // 86_400 == times[-1] // 86_400))
+    renamed = pa.array([f"later {basket}" for basket in copied.column("basket").to_pylist()])
+    moved = copied.set_column(0, "basket", renamed).set_column(
+        2, "when", pa.array(copied["when"].to_numpy() - 8_640_000)
+    )
+    pq.write_table(pa.concat_tables([table, table.slice(0, 100), moved]), path)
+    found = []
+    for size in (5000, 100):
+        tree["resources"]["events_per_shard"] = size
+        metadata = ingested(spark, storage, parse_settings(tree)).metadata
+        found.append(metadata["days"]["rows"])
+    assert found[0] == found[1]
+    rows = read_table(storage, open_manifest(storage, schemas.INTERACTIONS)).to_pandas()
+    rows["day"] = rows["timestamp"] // 86_400
+    by_day = rows.groupby("day")
+    assert [row[:2] for row in found[0]] == [[day, len(group)] for day, group in by_day]
+    assert [row[2] for row in found[0]] == by_day["user_id"].nunique().tolist()
+    repeated = rows.duplicated(["user_id", "item_id", "timestamp"]).groupby(rows["day"]).sum()
+    assert [row[3] for row in found[0]] == repeated.tolist()
+    assert repeated.sum() == 100
+    digests = [row[4] for row in found[0]]
+    assert metadata["first"] == rows["timestamp"].min()
+    assert metadata["last"] == rows["timestamp"].max()
+    assert digests[0] == digests[-1]  # the last day, once more a hundred days before, of other baskets
+    assert len(set(digests)) == len(digests) - 1
 
 
 def test_events_of_unknown_items_are_counted_and_dropped_or_kept(
