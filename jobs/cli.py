@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jobs import releases
+from jobs import nightly, releases
 from jobs.gate import gate_command
 from jobs.plan import PANEL, plan_command
 from jobs.releases import ReleaseOption
@@ -50,6 +50,7 @@ for _stage in schemas.STAGES:
 app.command("plan", rich_help_panel=PANEL)(plan_command)
 for _name, _command in releases.COMMANDS.items():
     app.command(_name, rich_help_panel=releases.PANEL)(_command)
+app.add_typer(nightly.app, name="nightly", rich_help_panel="The whole pipeline")
 app.command("gate", rich_help_panel=releases.PANEL)(gate_command)
 
 

@@ -6,14 +6,16 @@ were made from the same settings and inputs is skipped; errors that the user can
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from pyspark.sql import SparkSession
@@ -26,7 +28,7 @@ from model.lineage import lineage as training_lineage
 from pipeline import features, ingest
 from pipeline.contracts import schemas
 from pipeline.contracts.config import Settings, dump_settings, load_settings
-from pipeline.contracts.datasets import RECEIPTS, Lineage, begin, find_manifest, is_up_to_date, trace
+from pipeline.contracts.datasets import RECEIPTS, Lineage, begin, code_version, find_manifest, is_up_to_date, trace
 from pipeline.contracts.errors import PipelineError, ResourceError
 from pipeline.contracts.schemas import Stage
 from pipeline.contracts.storage import Storage
@@ -120,7 +122,10 @@ def run_stages(stages: Sequence[Stage], settings: Settings, force: bool = False)
             else:
                 _runner(stage)(spark(), storage, settings, lineage)
             ran.append(stage.name)
-            console.print(f"{stage.name}: done in {time.monotonic() - started:.1f} s")
+            seconds = time.monotonic() - started
+            measured = json.dumps(measure(storage, stage, seconds), indent=1).encode()
+            storage.write_bytes(f"{schemas.METRICS}/{stage.name}.json", measured)
+            console.print(f"{stage.name}: done in {seconds:.1f} s")
     finally:
         spark.stop()
     return ran
@@ -141,6 +146,16 @@ def lineage_of(storage: Storage, stage: Stage, settings: Settings) -> Lineage:
         schemas.FEATURES_STAGE: lambda: features.inputs(settings.task.features),
     }
     return trace(storage, stage, settings, own[stage]() if stage in own else None)
+
+
+def measure(storage: Storage, stage: Stage, seconds: float) -> dict[str, Any]:
+    """What a stage took and made: `metrics/STAGE.json` of the run."""
+    made = {dataset.name: find_manifest(storage, dataset) for dataset in stage.writes}
+    return {
+        "stage": stage.name, "run": storage.url, "ended_at": time.time(), "seconds": round(seconds, 3),
+        "host": socket.gethostname(), "code_version": code_version(),
+        "datasets": {name: {"rows": m.num_rows, "bytes": m.num_bytes} for name, m in made.items() if m is not None},
+    }  # fmt: skip
 
 
 def is_not_needed(stage: Stage, settings: Settings) -> bool:

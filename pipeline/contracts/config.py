@@ -539,6 +539,18 @@ class Gate(Section):
     """Share of the live release's catalogue that tonight's input must have."""
 
 
+class Nightly(Section):
+    """What `pinsage nightly` makes anew, and when; all else it takes from the night before."""
+
+    train_every: PositiveInt = 7
+    """Nights from one training to the next. In the nights between, the last model embeds what is new, and embeddings
+    stay in one space."""
+    scratch_every: PositiveInt = 28
+    """Nights from one training from random weights to the next; trainings between start from the model before them."""
+    warm_epochs: PositiveInt = 1
+    """Epochs of a training that starts from the model before it."""
+
+
 class Task(Section):
     """What is computed."""
 
@@ -559,6 +571,7 @@ class Task(Section):
     index: Index = Index()
     evaluation: Evaluation = Evaluation()
     gate: Gate = Gate()
+    nightly: Nightly = Nightly()
 
     @model_validator(mode="after")
     def _a_moment_needs_a_clock(self) -> Task:
@@ -676,6 +689,13 @@ class ReleasesResources(Section):
     """How far the clocks of readers and of `pinsage gc` may differ: a lease counts for so much longer than it says."""
 
 
+class NightlyResources(Section):
+    """How long a night may take."""
+
+    budget_hours: Annotated[float, Field(gt=0.0)] | None = None
+    """The night stops after this, as if interrupted, with exit code 4; the same command goes on. None: no limit."""
+
+
 class Resources(Section):
     """Where it is computed and how big the pieces are."""
 
@@ -698,6 +718,7 @@ class Resources(Section):
     index: IndexResources = IndexResources()
     spark: SparkResources = SparkResources()
     training: TrainingResources = TrainingResources()
+    nightly: NightlyResources = NightlyResources()
     releases: ReleasesResources = ReleasesResources()
 
     @model_validator(mode="before")

@@ -216,6 +216,27 @@ def take_over(storage: Storage, earlier: Storage, dataset: Dataset, lineage: Lin
     return commit(storage, dataset, shards, lineage, found.metadata)
 
 
+def withdraw_broken(storage: Storage) -> list[str]:
+    """Forget every dataset of a run, finished or of a step, of which a file is gone or changed; their names.
+
+    Reads every byte that a manifest speaks of, a file at a time: for when a stage has failed and nobody knows why.
+    """
+    found = []
+    for path in sorted(storage.files("")):
+        name, _, file = path.rpartition("/")
+        if file != MANIFEST:
+            continue
+        try:
+            manifest = find_manifest(storage, name)
+            for shard in () if manifest is None else manifest.shards:
+                _read_checked(storage, name, shard)
+        except DataError:
+            storage.delete(path)
+            storage.delete(f"{name}/{RECEIPTS}")
+            found.append(name)
+    return found
+
+
 # ------------------------------------------------------------------------------------------------ shards
 
 

@@ -1,0 +1,309 @@
+"""`pinsage nightly`: yesterday's release and today's data to a better release, or to the old one and a reason.
+
+    pinsage nightly --settings pinsage.yaml                       # the night of today (UTC); resumes if interrupted
+    pinsage nightly begin --settings FILE --night 2011-03-05      # for schedulers: decides, and prints the settings of
+    spark-submit jobs/STAGE.py --settings THOSE                   # every stage's job
+    pinsage nightly finish --settings FILE --night 2011-03-05     # gate, publish, tidy up, report, notify
+
+Exit codes: 0 published, 3 refused by the gate, 4 out of time, 1 an error, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import datetime
+import getpass
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from jobs.gate import REFUSED, print_verdict
+from jobs.releases import site_of
+from jobs.stage import OverrideOption, SettingsOption, console, exit_codes, run_stages
+from pipeline.contracts import schemas
+from pipeline.contracts.config import Settings, load_settings
+from pipeline.contracts.datasets import find_manifest, read_file, withdraw_broken
+from pipeline.contracts.errors import DataError, PipelineError, ResourceError, SettingsError
+from pipeline.contracts.storage import Storage
+from pipeline.gate.stage import Force, judge
+from pipeline.nightly import lock, night, summary
+from pipeline.nightly.night import Night
+from pipeline.releases.catalogue import Catalogue
+from pipeline.releases.retention import collect
+from pipeline.spark import session
+
+_MENDED = 3
+"""So often in a night is what lies damaged on storage made again."""
+OUT_OF_TIME = 4
+"""Exit code of a night that its budget stopped; the same command goes on."""
+NightOption = Annotated[str | None, typer.Option("--night", help="The night's date. Default: today, UTC.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Publish even if the gate refuses; needs --reason.")]
+ReasonOption = Annotated[str | None, typer.Option(help="Why it is forced: kept in the verdict and the summary.")]
+
+app = typer.Typer(
+    invoke_without_command=True, help="A whole night: what is new, embedded, judged, and published or refused."
+)
+
+
+class OutOfTimeError(ResourceError):
+    """The night's budget is spent."""
+
+
+@app.callback()
+def nightly(
+    context: typer.Context,
+    date: NightOption = None,
+    force: ForceOption = False,
+    reason: ReasonOption = None,
+    settings: SettingsOption = "pinsage.yaml",
+    override: OverrideOption = None,
+) -> None:
+    """A whole night: what is new, embedded, judged, and published or refused. Resumes what was interrupted."""
+    if context.invoked_subcommand is not None:
+        return
+    with exit_codes():
+        loaded, name, forced = load_settings(settings, override or ()), night.checked_date(date), _force(force, reason)
+        site = _open(loaded)
+        with lock.hold(site, name, f"{night.RUNS}/{name}"):
+            steps = Steps(site, loaded, name)
+            tonight = steps.begin()
+            code = steps.done_before() if tonight is None else steps.run(tonight, forced)
+    raise SystemExit(code)
+
+
+@app.command()
+def begin(date: NightOption = None, settings: SettingsOption = "pinsage.yaml", override: OverrideOption = None) -> None:
+    """Decide what the night does, keep that, and print the settings for the stages' jobs."""
+    with exit_codes():
+        loaded, name = load_settings(settings, override or ()), night.checked_date(date)
+        site = _open(loaded)
+        with lock.hold(site, name, f"{night.RUNS}/{name}"):
+            steps = Steps(site, loaded, name)
+            tonight = steps.begin() or steps.latest()
+        print(f"{site.url.rstrip('/')}/{night.RUNS}/{tonight.run}/{night.SETTINGS}")
+
+
+@app.command()
+def finish(
+    date: NightOption = None,
+    force: ForceOption = False,
+    reason: ReasonOption = None,
+    settings: SettingsOption = "pinsage.yaml",
+    override: OverrideOption = None,
+) -> None:
+    """Judge what the stages made, publish it or say why not, delete what is old, tell whoever waits."""
+    with exit_codes():
+        loaded, name, forced = load_settings(settings, override or ()), night.checked_date(date), _force(force, reason)
+        site = _open(loaded)
+        with lock.hold(site, name, f"{night.RUNS}/{name}"):
+            steps = Steps(site, loaded, name)
+            code = steps.finish(steps.latest(), forced)
+    raise SystemExit(code)
+
+
+class Steps:
+    """The steps of a night, each of which may be done again after a kill."""
+
+    def __init__(self, site: Storage, settings: Settings, name: str) -> None:
+        self.site, self.settings, self.name = site, settings, name
+        self.catalogue = Catalogue(site.url)
+        self.started = time.time()
+
+    def begin(self) -> Night | None:
+        """Decide, or take the decision of the interrupted night; None if the night has ended with the same data."""
+        live = self.catalogue.pointer()[1].release
+        names = night.attempts(self.site, self.name)
+        last = night.read(self.site, names[-1]) if names else None
+        ended = summary.read(self.site, self.name)
+        has_ended = ended is not None and last is not None and ended["run"] == last.run and _is_final(ended)
+        if last is not None and live == last.run and not has_ended:
+            return last  # published, and killed before it could say so
+        before = None if live is None else night.read(self.site, live)
+        run = night.next_attempt(names, self.name) if not names or has_ended else names[-1]
+        tonight = night.decide(self.settings, self.name, run, live, before, night.snapshot(self.settings))
+        if last is not None and last.fingerprint == tonight.fingerprint:
+            if has_ended:
+                return None
+            if last.previous == tonight.previous:
+                tonight = last
+        night.write(self.site, tonight, night.settings_of(tonight, self.settings, self.site.url))
+        told = {"scratch": "trained from random weights", "warm": "trained further", "reuse": "kept"}
+        on = "from nothing" if tonight.previous is None else f"on top of {tonight.previous}"
+        console.print(
+            f"night {self.name}, run {tonight.run}, {on}: the model is {told[tonight.training]}, as {tonight.reason}",
+            soft_wrap=True,
+        )
+        return tonight
+
+    def latest(self) -> Night:
+        """The night as it was begun. Raises DataError if it was not."""
+        names = night.attempts(self.site, self.name)
+        found = night.read(self.site, names[-1]) if names else None
+        if found is None:
+            raise DataError(f"{self.site.url}: night {self.name} was not begun; run `pinsage nightly begin` first")
+        return found
+
+    def done_before(self) -> int:
+        """Say how the night ended when it ran; the exit code of then."""
+        ended = summary.read(self.site, self.name)
+        assert ended is not None, "begin found it"
+        console.print(f"night {self.name} has ended with the same data and settings: {ended['status']}")
+        return REFUSED if ended["status"] == "refused" else 0
+
+    def run(self, tonight: Night, forced: Force | None) -> int:
+        """All stages and the end, on one Spark session."""
+        settings = night.settings_of(tonight, self.settings, self.site.url)
+        spark = session(settings.resources.spark, settings.task.name)
+        try:
+            with budget(self.settings.resources.nightly.budget_hours):
+                return self._mended(settings, lambda: self._stages_and_finish(tonight, settings, forced))
+        except OutOfTimeError as error:
+            self._tell(tonight, "out of time", [str(error)])
+            console.print(f"[yellow]out of time:[/] {escape(str(error))}", soft_wrap=True)
+            return OUT_OF_TIME
+        except PipelineError as error:
+            self._tell(tonight, "failed", [str(error)])
+            raise
+        finally:
+            spark.stop()
+
+    def _stages_and_finish(self, tonight: Night, settings: Settings, forced: Force | None) -> int:
+        run_stages(schemas.STAGES, settings)
+        return self.finish(tonight, forced)
+
+    def _mended(self, settings: Settings, work: Callable[[], int]) -> int:
+        """What work gives; what is found damaged on storage when it fails is made again, a few times."""
+        for remaining in range(_MENDED, -1, -1):
+            try:
+                return work()
+            except OutOfTimeError:
+                raise
+            except Exception as error:
+                broken = withdraw_broken(Storage(settings.resources.run)) if remaining else []
+                if not broken:
+                    raise
+                console.print(f"[yellow]damaged:[/] {escape(str(error))}", soft_wrap=True)
+                console.print(f"made again: {', '.join(broken)}", soft_wrap=True)
+        raise AssertionError("unreachable")
+
+    def finish(self, tonight: Night, forced: Force | None) -> int:
+        """Gate, publish, tidy up, tell; the exit code."""
+        settings = night.settings_of(tonight, self.settings, self.site.url)
+        run = Storage(settings.resources.run)
+        live = self.catalogue.pointer()[1].release
+        if live == tonight.run:  # a kill between publishing and telling
+            verdict = _verdict(run)
+        else:
+            verdict = self._judge(run, settings, live, forced)
+            print_verdict(verdict)
+        blocked = [f"{check['name']}: {check['reason']}" for check in verdict["checks"] if check["verdict"] == "block"]
+        if blocked and not verdict["forced"]:
+            self._tell(tonight, "refused", blocked, verdict)
+            return REFUSED
+        record = self.catalogue.publish(tonight.run, verify=True)
+        console.print(f"release {record.release} is live: {record.num_items:,} items")
+        self._tidy(tonight)
+        self._tell(tonight, "published", blocked, verdict)
+        return 0
+
+    def _judge(self, run: Storage, settings: Settings, live: str | None, forced: Force | None) -> dict[str, Any]:
+        past = [ended["tonight"] for ended in summary.read_all(self.site) if ended["status"] == "published"]
+        before = None if live is None else Storage(f"{self.site.url.rstrip('/')}/{night.RUNS}/{live}")
+        spark = session(settings.resources.spark, settings.task.name)
+        try:
+            date = datetime.date.fromisoformat(self.name)
+            return judge(spark, run, settings, before, [found for found in past if found], date, forced)
+        except PipelineError as error:
+            self._tell(self.latest(), "failed", [str(error)])
+            raise
+
+    def _tidy(self, tonight: Night) -> None:
+        """Delete old releases and runs, and the layers of the run before: only the live one's are gone on from."""
+        kept = self.settings.resources.releases
+        try:
+            gone = collect(
+                self.catalogue, kept.keep_count, kept.keep_days, kept.clock_skew_seconds, keep=(tonight.run,)
+            )
+            for name in {**gone.releases, **gone.runs}:
+                console.print(f"deleted {name}")
+            if tonight.previous is not None:
+                self.site.delete(f"{night.RUNS}/{tonight.previous}/{schemas.LAYERS.name}")
+        except PipelineError as error:
+            console.print(f"[yellow]nothing old was deleted:[/] {escape(str(error))}", soft_wrap=True)
+
+    def _tell(
+        self, tonight: Night, status: summary.Status, reasons: list[str], verdict: Mapping[str, Any] | None = None
+    ) -> None:
+        run = Storage(f"{self.site.url.rstrip('/')}/{night.RUNS}/{tonight.run}")
+        told = {
+            "night": self.name, "run": tonight.run, "status": status, "reasons": reasons, "previous": tonight.previous,
+            "training": {"plan": tonight.training, "reason": tonight.reason, "nights_old": tonight.since_training},
+            "started_at": self.started, "ended_at": time.time(), "stages": summary.stages(run),
+            "checks": [] if verdict is None else verdict["checks"],
+            "tonight": None if verdict is None else verdict["tonight"],
+            "quality": None if verdict is None else verdict["quality"],
+            "forced": None if verdict is None else verdict["forced"],
+            "live": self.catalogue.pointer()[1].release,
+        }  # fmt: skip
+        console.print(f"night {self.name}: {status}; summary in {summary.write(self.site, self.name, told)}")
+        problem = summary.notify(told)
+        if problem:
+            console.print(f"[yellow]not told:[/] {escape(problem)}", soft_wrap=True)
+
+
+def _verdict(run: Storage) -> dict[str, Any]:
+    manifest = find_manifest(run, schemas.GATE)
+    if manifest is None:
+        raise DataError(f"{run.url} is live, and its gate has no verdict; was it published by hand?")
+    verdict: dict[str, Any] = json.loads(read_file(run, manifest, "verdict.json"))
+    return verdict
+
+
+def _is_final(ended: Mapping[str, Any]) -> bool:
+    return ended["status"] in ("published", "refused")
+
+
+def _open(settings: Settings) -> Storage:
+    """The site, if nights can run in it."""
+    site = Storage(site_of(settings))
+    site.check_writable()
+    return site
+
+
+def _force(force: bool, reason: str | None) -> Force | None:
+    if force and not (reason or "").strip():
+        raise SettingsError("--force needs --reason TEXT: it is kept in the verdict for whoever asks later")
+    return Force(getpass.getuser(), reason or "") if force else None
+
+
+@contextmanager
+def budget(hours: float | None) -> Iterator[None]:
+    """Stop what the block does after so long, as an interrupt would. Raises OutOfTimeError then."""
+    if hours is None:
+        yield
+        return
+    spent: list[bool] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        spent.append(True)
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, hours * 3600)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not spent:
+            raise
+        raise OutOfTimeError(
+            f"the {hours:g} hours of resources.nightly.budget_hours are over; the same command goes on"
+        ) from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
