@@ -136,7 +136,8 @@ class Steps:
         told = {"scratch": "trained from random weights", "warm": "trained further", "reuse": "kept"}
         on = "from nothing" if tonight.previous is None else f"on top of {tonight.previous}"
         console.print(
-            f"night {self.name}, run {tonight.run}, {on}: the model is {told[tonight.training]}, as {tonight.reason}",
+            f"night {self.name}, run {tonight.run}, {on}: the model is {told[tonight.training]}, as {tonight.reason}; "
+            + ("all files are read" if tonight.appended is None else f"{len(tonight.appended)} new files are read"),
             soft_wrap=True,
         )
         return tonight
@@ -243,6 +244,7 @@ class Steps:
         run = Storage(f"{self.site.url.rstrip('/')}/{night.RUNS}/{tonight.run}")
         told = {
             "night": self.name, "run": tonight.run, "status": status, "reasons": reasons, "previous": tonight.previous,
+            "files_read": None if tonight.appended is None else len(tonight.appended),
             "training": {"plan": tonight.training, "reason": tonight.reason, "nights_old": tonight.since_training},
             "started_at": self.started, "ended_at": time.time(), "stages": summary.stages(run),
             "checks": [] if verdict is None else verdict["checks"],

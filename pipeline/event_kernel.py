@@ -64,6 +64,15 @@ def daily(
     return days, *counts, digests.view(np.int64)
 
 
+def firsts(users: NDArray[np.integer], items: NDArray[np.integer], timestamps: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which events are the first of their user, item and timestamp."""
+    keys, _ = _event_hashes(users.astype(np.uint64), items.astype(np.uint64), timestamps)
+    order = np.argsort(keys, kind="stable")
+    result = np.ones(len(keys), np.bool_)
+    result[order[1:]] = keys[order[1:]] != keys[order[:-1]]
+    return result
+
+
 def bucket_counts(timestamps: NDArray[np.int64], first: int, last: int) -> NDArray[np.int64]:
     """Events in each bucket of the time from first to last [NUM_BUCKETS]."""
     width = max(1, -(-(last - first + 1) // NUM_BUCKETS))

@@ -2,7 +2,8 @@
 
 Reads the user's files; writes INTERACTIONS, USERS, ITEMS, CONTENT and QUARANTINE. The files are read twice, which costs
 less than keeping a copy: first for what is bad in them and for their keys, which are sorted by hash, a range of hashes
-per task, so that an id is the rank of its key's hash; then to send every event, as ids, to the shard of its user. Rows
+per task, so that an id is the rank of its key's hash; then to send every event, as ids, to the shard of its user. Where
+the files are what came since an earlier run (task.data.append), that run's events are sent along as they are. Rows
 pass between tasks as blocks of columns (exchange.py), not through Spark. Memory: one piece of a file, one range of keys
 or one shard per task, beside the sorted hashes, which the tasks of a host map together; on the driver only counts.
 """
@@ -71,7 +72,8 @@ def inputs(data: Data) -> dict[str, str]:
                 found[f"{name} path {place} file {number}"] = f"{file['bytes']} bytes, {file['stamp']}"
     if data.previous is not None:
         earlier = Storage(data.previous)
-        found |= {f"previous {d.name}": open_manifest(earlier, d).content for d in (schemas.USERS, schemas.ITEMS)}
+        read = (schemas.USERS, schemas.ITEMS, *([schemas.INTERACTIONS] if data.append else []))
+        found |= {f"previous {d.name}": open_manifest(earlier, d).content for d in read}
     return found
 
 
@@ -119,6 +121,7 @@ class _Seen:
     unknown: int
     first: int
     last: int
+    kept: int = 0  # of an earlier run, whose first and last are counted in
 
     @property
     def total(self) -> int:
@@ -155,6 +158,9 @@ class _Work:
         self.events_plan = sources.plan_interactions(self.data.interactions, self.events_per_shard)
         self.items_plan = [] if self.data.items is None else sources.plan_items(self.data.items, self.rows_per_shard)
         self.earlier = None if self.data.previous is None else Storage(self.data.previous)
+        self.kept = None
+        if self.data.append and self.earlier is not None:
+            self.kept = open_manifest(self.earlier, schemas.INTERACTIONS)
         self.integers = {side: self._are_integers(side) for side in ("user", "item")}
         rows = sum(task["rows"] for task in self.items_plan or self.events_plan)
         self.num_ranges = {
@@ -297,7 +303,11 @@ def _read_events(work: _Work) -> _Seen:
     totals = {name: sum(report[name] for report in found) for name in ("rows", "bad", "weightless", "known", "unknown")}
     first = min((report["first"] for report in found if "first" in report), default=0)
     last = max((report["last"] for report in found if "last" in report), default=0)
-    return _Seen(**totals, first=first, last=last)
+    if work.kept is not None:
+        told = work.kept.metadata
+        first = min(first, told["first"]) if totals["known"] else told["first"]
+        last = max(last, told["last"])
+    return _Seen(**totals, first=first, last=last, kept=0 if work.kept is None else work.kept.num_rows)
 
 
 # ------------------------------------------------------------------------------------------------ bad rows
@@ -422,7 +432,7 @@ def _number(work: _Work, name: str, dataset: Dataset) -> _Side:
     offsets = earlier + np.concatenate([[0], np.cumsum(new[:-1], dtype=np.int64)])
     table = f"{SCRATCH}/{name}-ids" if earlier else f"{SCRATCH}/{name}-table"
     num_shards = count_shards(total, work.rows_per_shard)
-    present = sum(report["present"] for report in reports)
+    present = sum(report["present"] for report in reports) if listed is not None or work.kept is None else total
     return _Side(name, dataset, total, earlier, present, table, tuple(offsets.astype(int).tolist()), num_shards)
 
 
@@ -516,7 +526,7 @@ def _events_schema(work: _Work) -> pa.Schema:
 
 
 def _num_event_shards(work: _Work, seen: _Seen, users: _Side) -> int:
-    return min(count_shards(seen.rows, work.events_per_shard), users.count)
+    return min(count_shards(seen.rows + seen.kept, work.events_per_shard), users.count)
 
 
 def _send_events(work: _Work, seen: _Seen, users: _Side, items: _Side) -> None:
@@ -525,7 +535,20 @@ def _send_events(work: _Work, seen: _Seen, users: _Side, items: _Side) -> None:
     user_table, item_table = (open_manifest(work.storage, side.table) for side in (users, items))
     schema, drops = _events_schema(work), work.data.unknown_items == "drop" and bool(work.items_plan)
 
+    def sent(columns: dict[str, Any]) -> tuple[Sequence[pa.Table | Blocks], Report]:
+        counts = np.zeros(0, np.int64)
+        if work.split.kind == "temporal":
+            counts = event_kernel.bucket_counts(columns["timestamp"], seen.first, seen.last)
+        filled = np.flatnonzero(counts)
+        blocks = pa.table(columns, schema=schema), shard_of(columns["user_id"], users.count, num_shards)
+        return (blocks, pa.table({"bucket": filled, "count": counts[filled]})), {}
+
     def send(task: Task) -> tuple[Sequence[pa.Table | Blocks], Report]:
+        if "kept" in task:
+            assert work.earlier is not None
+            assert work.kept is not None
+            rows = read_shard(work.earlier, work.kept, task["kept"], schema.names)
+            return sent({name: rows.column(name).to_numpy() for name in schema.names})
         good, _, _ = work.events(task)
         item_ids = KeyTable.open(work.storage, item_table, work.cache).find(kernel.hashed(good.column("item_key")))
         if drops and (item_ids < 0).any():
@@ -541,15 +564,11 @@ def _send_events(work: _Work, seen: _Seen, users: _Side, items: _Side) -> None:
         }  # fmt: skip
         if work.split.kind == "random":
             columns["split"] = event_kernel.split_at_random(good.column("position").to_numpy(), work.split, work.seed)
-        counts = np.zeros(0, np.int64)
-        if work.split.kind == "temporal":
-            counts = event_kernel.bucket_counts(moments, seen.first, seen.last)
-        filled = np.flatnonzero(counts)
-        blocks = pa.table(columns, schema=schema), shard_of(user_ids, users.count, num_shards)
-        return (blocks, pa.table({"bucket": filled, "count": counts[filled]})), {}
+        return sent(columns)
 
     outputs = (_scratch("events", num_shards), _scratch("moments"))
-    work.run("events-sent", work.events_plan, outputs, send, "number interactions")
+    kept: list[Task] = [{"kept": number} for number in range(0 if work.kept is None else len(work.kept.shards))]
+    work.run("events-sent", [*kept, *work.events_plan], outputs, send, "number interactions")
 
 
 def _moments(work: _Work, seen: _Seen) -> tuple[int, int]:
@@ -584,8 +603,10 @@ _DEGREES = pa.schema([("id", pa.uint32()), ("count", pa.uint32()), ("first", pa.
 def _write_interactions(work: _Work, seen: _Seen, users: _Side, items: _Side, said: dict[str, Any]) -> dict[str, Any]:
     """Write the shards of events, each with its users' degrees, and send its items' degrees to their shards."""
     num_shards, schema, split = _num_event_shards(work, seen, users), _events_schema(work), work.split
+    before = {} if work.kept is None else work.kept.metadata
     report: dict[str, Any] = {
-        "read": seen.total, "bad": seen.bad, "weightless": seen.weightless, **said,
+        "read": seen.total + before.get("read", 0), "bad": seen.bad + before.get("bad", 0), "kept": seen.kept,
+        "weightless": seen.weightless + before.get("weightless", 0), **said,
         "split": split.kind, "first": seen.first, "last": seen.last,
     }  # fmt: skip
     has_clock = work.data.interactions.timestamp_unit != "order"
@@ -598,6 +619,11 @@ def _write_interactions(work: _Work, seen: _Seen, users: _Side, items: _Side, sa
         sent = gather(work.storage, work.open("events"), task["range"], schema)
         order = event_kernel.user_order(sent.column("user_id").to_numpy(), sent.column("timestamp").to_numpy())
         columns = {name: sent.column(name).to_numpy()[order] for name in schema.names}
+        repeats = 0
+        if work.data.drop_repeats:
+            first = event_kernel.firsts(columns["user_id"], columns["item_id"], columns["timestamp"])
+            repeats = len(first) - int(first.sum())
+            columns = {name: values[first] for name, values in columns.items()}
         if split.kind == "temporal":
             columns["split"] = event_kernel.split_by_time(columns["timestamp"], *first_held)
         elif split.kind == "leave_last_out":
@@ -617,13 +643,14 @@ def _write_interactions(work: _Work, seen: _Seen, users: _Side, items: _Side, sa
             pa.table(columns).select(schemas.INTERACTIONS.arrow.names),
             pa.table({"degree": degree, "first_seen": first_seen}),
             (rows, shard_of(ids, items.count, items.num_shards)),
-        ), {"marks": marks}
+        ), {"marks": marks, "repeats": repeats}
 
     def describe(reports: list[Report]) -> dict[str, Any]:
         marks = np.sum([done["marks"] for done in reports], axis=0).tolist()
         if not marks[TRAIN]:
             raise DataError(f"the split leaves no training interaction: {report}; make task.split.test smaller")
         by_split = {"train": marks[TRAIN], "validation": marks[VALIDATION], "test": marks[TEST]}
+        by_split["repeats_dropped"] = sum(done["repeats"] for done in reports) + before.get("repeats_dropped", 0)
         return {**report, **by_split, **(_daily(work) if has_clock else {})}
 
     outputs = (

@@ -131,6 +131,12 @@ class Data(Section):
     """Bad rows are set aside with their reason; more than this share of them fails the run."""
     previous: str | None = None
     """Run folder of an earlier night: its ids are kept, new keys are appended."""
+    append: bool = False
+    """interactions.paths name only what came since `previous`, whose interactions are kept: late ones find their place
+    in time, and files that were read once may be gone. false: the paths name all there is."""
+    drop_repeats: bool = False
+    """Of events of the same user, item and timestamp only the first is kept, as a feed that delivers at least once
+    wants it; false: all are, and an item that was bought twice weighs twice."""
 
 
 class Split(Section):
@@ -549,6 +555,9 @@ class Nightly(Section):
     """Nights from one training from random weights to the next; trainings between start from the model before them."""
     warm_epochs: PositiveInt = 1
     """Epochs of a training that starts from the model before it."""
+    append: bool = True
+    """Only files that are new since the live release are read, and added to its interactions. Where one of the others
+    was changed since, and with split.kind random, all are read anew."""
 
 
 class Task(Section):
@@ -579,6 +588,13 @@ class Task(Section):
             raise ValueError(
                 "split.kind temporal cuts at one moment for everybody, and data.interactions.timestamp_unit order has "
                 "no common clock; set task.split: {kind: leave_last_out, validation: 1, test: 1}"
+            )
+        if self.data.append and self.data.previous is None:
+            raise ValueError("data.append adds to an earlier run's interactions: name it in data.previous")
+        if self.data.append and self.split.kind == "random":
+            raise ValueError(
+                "data.append would draw the split of an earlier run's interactions anew; set split.kind to temporal or "
+                "leave_last_out, or data.append: false with all files in data.interactions.paths"
             )
         return self
 

@@ -29,7 +29,8 @@ class Night:
     """A night's decision.
 
     previous is the name of the run that it goes on from; since_training and since_scratch count nights since the model
-    was trained, and from random weights: 0 if tonight. inputs are the files, as `describe_inputs` tells of them.
+    was trained, and from random weights: 0 if tonight. inputs are all files that the run's interactions and items are
+    from, as `describe_inputs` tells of them; appended those that are read tonight, if the rest is previous's.
     """
 
     night: str
@@ -40,6 +41,7 @@ class Night:
     since_training: int
     since_scratch: int
     inputs: dict[str, list[dict[str, Any]]]
+    appended: list[str] | None
     settings: str
 
     @property
@@ -85,7 +87,22 @@ def decide(
     plan, reason = _plan(settings, model, live, before)
     since_training = 0 if plan != "reuse" or before is None else before.since_training + 1
     since_scratch = 0 if plan == "scratch" or before is None else before.since_scratch + 1
-    return Night(night, run, live, plan, reason, since_training, since_scratch, inputs, f"{model}:{whole}")
+    read, appended = inputs["interactions"], None
+    if before is not None and settings.task.nightly.append and settings.task.split.kind != "random":
+        read, appended = _added(before.inputs["interactions"], read)
+    return Night(
+        night, run, live, plan, reason, since_training, since_scratch, {**inputs, "interactions": read}, appended,
+        f"{model}:{whole}",
+    )  # fmt: skip
+
+
+def _added(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str] | None]:
+    """All files of both, and which of them are new; None, and only those of now, where one was changed or none is."""
+    known = {file["url"]: file for file in before}
+    new = [file for file in now if file["url"] not in known]
+    if not new or any(known.get(file["url"], file) != file for file in now):
+        return now, None
+    return [*before, *new], [file["url"] for file in new]
 
 
 def _plan(settings: Settings, model: str, live: str | None, before: Night | None) -> tuple[Plan, str]:
@@ -115,6 +132,9 @@ def settings_of(night: Night, settings: Settings, site: str) -> Settings:
     for name in ("interactions", "items"):
         if task["data"][name] is not None:
             task["data"][name]["paths"] = [file["url"] for file in night.inputs[name]]
+    if night.appended is not None:
+        task["data"]["interactions"]["paths"] = night.appended
+    task["data"]["append"] = night.appended is not None
     earlier = None if night.previous is None else f"{here}/{night.previous}"
     task["data"]["previous"] = earlier
     for part in ("features", "training"):

@@ -309,6 +309,58 @@ def test_ids_are_kept_from_an_earlier_run_and_new_keys_appended(
     assert open_manifest(tonight, schemas.ITEMS).metadata["present"] == len(before)
 
 
+@pytest.mark.parametrize("with_catalogue", [True, False])
+def test_what_came_since_is_added_as_if_all_were_read(
+    spark: SparkSession, tmp_path: Path, with_catalogue: bool
+) -> None:
+    """Late events and new users among it; afterwards the files of before are not needed."""
+    write_shop(tmp_path / "data", num_users=60)
+    path = tmp_path / "data" / "interactions.parquet"
+    rows = pq.read_table(path)
+    late = np.random.default_rng(3).random(rows.num_rows) < 0.2
+    before, more = (str(tmp_path / "data" / f"{name}.parquet") for name in ("before", "more"))
+    pq.write_table(rows.filter(pa.array(~late)), before)
+    pq.write_table(rows.filter(pa.array(late)), more)
+
+    def made(name: str, paths: list[str], **data: Any) -> Storage:
+        tree = shop_settings(tmp_path / "data", tmp_path / name)
+        tree["task"]["data"] |= data if with_catalogue else {**data, "items": None}
+        tree["task"]["data"]["interactions"]["paths"] = paths
+        ingested(spark, Storage(str(tmp_path / name)), parse_settings(tree))
+        return Storage(str(tmp_path / name))
+
+    first = made("first", [before])
+    whole = made("whole", [before, more], previous=first.url)
+    Path(before).unlink()
+    added = made("added", [more], previous=first.url, append=True)
+    for dataset in (schemas.INTERACTIONS, schemas.USERS, schemas.ITEMS, schemas.CONTENT):
+        one, other = (open_manifest(storage, dataset) for storage in (whole, added))
+        assert [shard.sha256 for shard in one.shards] == [shard.sha256 for shard in other.shards], dataset.name
+    told, expected = (open_manifest(storage, schemas.INTERACTIONS).metadata for storage in (added, whole))
+    assert told == {**expected, "kept": int((~late).sum())}
+
+
+def test_repeated_events_are_dropped_where_that_is_wanted(spark: SparkSession, tmp_path: Path) -> None:
+    """Those of the same user, item and moment, also if they came another night."""
+    write_shop(tmp_path / "data", num_users=60)
+    path = str(tmp_path / "data" / "interactions.parquet")
+    rows = pq.read_table(path)
+    again = str(tmp_path / "data" / "again.parquet")
+    pq.write_table(rows.slice(0, 100), again)
+    found = []
+    for name, paths, data in (
+        ("once", [path], {}),
+        ("first", [path, again], {"drop_repeats": True}),
+        ("added", [again], {"drop_repeats": True, "append": True, "previous": str(tmp_path / "once")}),
+    ):
+        tree = shop_settings(tmp_path / "data", tmp_path / name)
+        tree["task"]["data"] |= data
+        tree["task"]["data"]["interactions"]["paths"] = paths
+        found.append(ingested(spark, Storage(str(tmp_path / name)), parse_settings(tree)))
+    assert [manifest.num_rows for manifest in found] == [rows.num_rows] * 3
+    assert [manifest.metadata["repeats_dropped"] for manifest in found] == [0, 100, 100]
+
+
 def test_every_day_is_counted_however_many_shards_it_lies_in(
     spark: SparkSession, storage: Storage, tmp_path: Path
 ) -> None:

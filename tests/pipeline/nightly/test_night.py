@@ -107,3 +107,41 @@ def test_a_night_is_a_date() -> None:
     assert len(night.checked_date(None)) == 10
     with pytest.raises(SettingsError, match="expected a date"):
         night.checked_date("yesterday")
+
+
+def _with_more(settings: Settings, tmp_path: Path, names: list[str]) -> Settings:
+    """The same with more files of interactions."""
+    tree = settings.model_dump()
+    tree["task"]["data"]["interactions"]["paths"] = tuple(str(tmp_path / name) for name in names)
+    for name in names:
+        if not (tmp_path / name).exists():
+            (tmp_path / name).write_bytes((tmp_path / "interactions.parquet").read_bytes())
+    return parse_settings(tree)
+
+
+def test_only_new_files_are_read_and_those_before_may_be_gone(settings: Settings, tmp_path: Path) -> None:
+    before = _nights(settings, 1)[0]
+    assert before.appended is None
+    more = _with_more(settings, tmp_path, ["interactions.parquet", "b.parquet"])
+    second = night.decide(more, "2011-03-02", "2011-03-02", before.run, before, night.snapshot(more))
+    made = night.settings_of(second, more, str(more.resources.site))
+    assert [Path(path).name for path in made.task.data.interactions.paths] == ["b.parquet"]
+    assert made.task.data.append
+    alone = _with_more(settings, tmp_path, ["c.parquet"])
+    third = night.decide(alone, "2011-03-03", "2011-03-03", second.run, second, night.snapshot(alone))
+    assert [Path(url).name for url in third.appended or ()] == ["c.parquet"]
+    names = [Path(file["url"]).name for file in third.inputs["interactions"]]
+    assert names == ["interactions.parquet", "b.parquet", "c.parquet"]
+
+
+def test_a_changed_file_or_none_that_is_new_reads_all(settings: Settings, tmp_path: Path) -> None:
+    before = _nights(settings, 1)[0]
+    again = night.decide(settings, "2011-03-02", "2011-03-02", before.run, before, night.snapshot(settings))
+    assert again.appended is None
+    more = _with_more(settings, tmp_path, ["interactions.parquet", "b.parquet"])
+    (tmp_path / "interactions.parquet").touch()
+    changed = night.decide(more, "2011-03-02", "2011-03-02", before.run, before, night.snapshot(more))
+    assert changed.appended is None
+    made = night.settings_of(changed, more, str(more.resources.site))
+    assert len(made.task.data.interactions.paths) == 2
+    assert not made.task.data.append
