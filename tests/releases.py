@@ -103,7 +103,7 @@ def race(site: str, names: tuple[str, str], rounds: int, barrier: Any, told: Any
         barrier.wait(60)
         return change(catalogue, *arguments)
 
-    catalogue.change = together  # type: ignore[method-assign]
+    catalogue.change = together  # type: ignore[assignment,method-assign]
     for number in range(rounds):
         try:
             told.put((number, "won", catalogue.publish(names[number % 2]).release))
@@ -122,7 +122,8 @@ def kill_publishers(site: str, names: list[str], rounds: int, longest: float) ->
         ready, started = os.pipe()
         child = os.fork()
         if child == 0:
-            for number in range(random.randrange(100), 1 << 30):
+            first = names.index(Catalogue(site).live().release or "") + 1
+            for number in range(first, 1 << 30):
                 Catalogue(site).publish(names[number % len(names)])
                 os.write(started, b"!")
         os.read(ready, 1)

@@ -203,7 +203,7 @@ class Catalogue:
         storage = Storage(f"{self.storage.url.rstrip('/')}/{RUNS}/{release}")
         manifests = check_run(storage, verify)
         gate = verdict_of(storage)
-        refused = gate is not None and not gate["passed"] and not gate.get("forced")
+        refused = gate is not None and gate["verdict"] == "refused" and not gate.get("forced")
         if refused and not force:
             raise DataError(
                 f"the gate refused {storage.url}: {storage.locate('gate/verdict.json')} says why; "

@@ -102,8 +102,8 @@ def verdict_of(storage: Storage) -> dict[str, Any] | None:
     """What the gate wrote in the run; None if it was not asked. Raises DataError for a verdict that says neither."""
     try:
         tree = json.loads(storage.read_bytes(VERDICT))
-        if not isinstance(tree["passed"], bool):
-            raise ValueError(f"passed is {tree['passed']!r}")
+        if tree["verdict"] not in ("passed", "refused"):
+            raise ValueError(f"verdict is {tree['verdict']!r}")
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
