@@ -1,12 +1,22 @@
-"""Tiny runs of a site, fabricated dataset by dataset: what a release needs, with a real index, and no Spark."""
+"""Tiny runs of a site, fabricated dataset by dataset: what a release needs, with a real index, and no Spark.
+
+And processes that race for its pointer, or are killed while they move it.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
+import random
+import signal
+import sys
+import time
 import uuid
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import faiss
 import numpy as np
@@ -15,7 +25,10 @@ import pyarrow as pa
 from pipeline.ann import keys as key_files
 from pipeline.contracts import datasets, schemas
 from pipeline.contracts.datasets import Lineage, Manifest
+from pipeline.contracts.errors import ConflictError
 from pipeline.contracts.storage import Storage
+from pipeline.releases.catalogue import Catalogue
+from pipeline.releases.records import Pointer
 
 WIDTH = 4
 
@@ -59,7 +72,9 @@ def _files(night: int, model: str, items: int) -> dict[str, bytes]:
     commit(schemas.MODEL, (schemas.FEATURES, schemas.NEIGHBOURS), {"model.safetensors": model.encode()}, 0)
     commit(schemas.EMBEDDINGS, schemas.INFERENCE.reads, {shard: datasets.encode_table(embeddings)}, items)
     commit(schemas.INDEX, (schemas.EMBEDDINGS,), _index_files(keys, vectors), items)
-    return {path: storage.read_bytes(path) for path in storage.files("")}
+    made_files = {path: storage.read_bytes(path) for path in storage.files("")}
+    storage.delete("")
+    return made_files
 
 
 def _index_files(keys: pa.Array, vectors: np.ndarray) -> dict[str, bytes]:
@@ -75,3 +90,51 @@ def _index_files(keys: pa.Array, vectors: np.ndarray) -> dict[str, bytes]:
             "lookup.arrow": lookup.read_bytes(),
             "recall.json": json.dumps({"recall": 1.0, "search": {}, "factory": "Flat"}).encode(),
         }
+
+
+def race(site: str, names: tuple[str, str], rounds: int, barrier: Any, told: Any) -> None:
+    """Publish one run, then the other, and so on, each time with another process that saw the same pointer.
+
+    Tells who was live after each round by this process's word: its release, or the error that names another's.
+    """
+    catalogue, change = Catalogue(site), Catalogue.change
+
+    def together(*arguments: Any) -> Pointer:
+        barrier.wait(60)
+        return change(catalogue, *arguments)
+
+    catalogue.change = together  # type: ignore[assignment,method-assign]
+    for number in range(rounds):
+        try:
+            told.put((number, "won", catalogue.publish(names[number % 2]).release))
+        except ConflictError as error:
+            told.put((number, "lost", str(error)))
+        barrier.wait(60)
+
+
+def kill_publishers(site: str, names: list[str], rounds: int, longest: float) -> int:
+    """Start a process that publishes these runs for ever, kill -9 it some time after its first; so many times.
+
+    longest is the most seconds that it is left to go on. Returns how often the pointer moved.
+    """
+    random.seed(0)
+    for _ in range(rounds):
+        ready, started = os.pipe()
+        child = os.fork()
+        if child == 0:
+            first = names.index(Catalogue(site).live().release or "") + 1
+            for number in range(first, 1 << 30):
+                Catalogue(site).publish(names[number % len(names)])
+                os.write(started, b"!")
+        os.read(ready, 1)
+        time.sleep(random.uniform(0, longest))
+        os.kill(child, signal.SIGKILL)
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), "it ended by itself"
+        os.close(ready)
+        os.close(started)
+    return Catalogue(site).live().sequence
+
+
+if __name__ == "__main__":
+    importlib.import_module("s3fs")  # before the forks: each child opens a connection of its own, and no module
+    print(kill_publishers(sys.argv[1], sys.argv[4:], int(sys.argv[2]), float(sys.argv[3])))

@@ -108,8 +108,9 @@ def _put(filesystem: Any, full: str, expected: bytes | None, data: bytes, put: P
     """
     try:
         mark = None if expected is None else _mark(filesystem, full)
-        if expected is not None and _read(filesystem, full) != expected:
-            return False
+        found = None if expected is None else _read(filesystem, full)
+        if found != expected:
+            return found == data
         put(filesystem, full, mark, data)
         return True
     except FileNotFoundError:  # what was expected is gone; a bucket that is not there fails in the plain read before

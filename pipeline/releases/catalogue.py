@@ -12,11 +12,13 @@ import datetime
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 from pipeline.contracts import schemas
-from pipeline.contracts.datasets import Manifest, find_manifest
+from pipeline.contracts.datasets import find_manifest
 from pipeline.contracts.errors import ConflictError, DataError
 from pipeline.contracts.storage import Storage
 from pipeline.releases.checks import check_run, quality_of, verdict_of
@@ -115,19 +117,18 @@ class Catalogue:
             )
         return record
 
-    def confirm(self, record: Record) -> dict[str, Manifest]:
-        """The manifests of a release's datasets, if they are what was published. Raises DataError."""
-        run, found = Storage(f"{self.storage.url.rstrip('/')}/{record.run}"), {}
-        for name, content in record.datasets.items():
-            manifest = find_manifest(run, name)
+    def confirm(self, record: Record) -> None:
+        """Raise DataError unless the manifests of a release's datasets are those that were published."""
+        run = Storage(f"{self.storage.url.rstrip('/')}/{record.run}")
+        with ThreadPoolExecutor(16) as pool:  # all at once: a rollback waits for this
+            manifests = list(pool.map(partial(find_manifest, run), record.datasets))
+        for (name, content), manifest in zip(record.datasets.items(), manifests, strict=True):
             if manifest is None or manifest.content != content:
                 what = "is gone" if manifest is None else "was built again"
                 raise DataError(
                     f"release {record.release}: {run.locate(name)} {what} after publishing, so it is not what was "
                     "tested; `pinsage rollback` to another release, and give every night's run a folder of its own"
                 )
-            found[name] = manifest
-        return found
 
     def names(self) -> list[str]:
         """Ids of all records, sorted."""
@@ -181,25 +182,11 @@ class Catalogue:
         release = self.id_of(run)
         _, seen = self.pointer()
         _refuse_collected(release, seen)
-        storage = Storage(f"{self.storage.url.rstrip('/')}/{RUNS}/{release}")
-        manifests = check_run(storage, verify)
-        gate = verdict_of(storage)
-        refused = gate is not None and not gate["passed"] and not gate.get("forced")
-        if refused and not force:
-            raise DataError(
-                f"the gate refused {storage.url}: {storage.locate('gate/verdict.json')} says why; "
-                "publish it all the same with --force"
-            )
-        model = manifests[schemas.MODEL.name].content
-        record = Record(
-            release, self.clock(), whoami(), model, {name: manifests[name].content for name in sorted(manifests)},
-            manifests[schemas.ITEMS.name].num_rows, sum(manifest.num_bytes for manifest in manifests.values()),
-            quality_of(storage, manifests), gate, refused,
-        )  # fmt: skip
+        record = self._examine(release, verify, force)
         if seen.release is None:
             self.storage.check_conditions(f"{FOLDER}/.probe-{time.time_ns()}")
         data, record = self._store(record, seen)
-        if seen.release == release:
+        if seen.release == release and seen.record == digest(data):
             return record
 
         def push(pointer: Pointer) -> Pointer:
@@ -210,6 +197,24 @@ class Catalogue:
 
         self.change(push, seen, f"publish {release}")
         return record
+
+    def _examine(self, release: str, verify: bool, force: bool) -> Record:
+        """The record that the run would have now. Raises DataError if it cannot be a release."""
+        storage = Storage(f"{self.storage.url.rstrip('/')}/{RUNS}/{release}")
+        manifests = check_run(storage, verify)
+        gate = verdict_of(storage)
+        refused = gate is not None and gate["verdict"] == "refused" and not gate.get("forced")
+        if refused and not force:
+            raise DataError(
+                f"the gate refused {storage.url}: {storage.locate('gate/verdict.json')} says why; "
+                "publish it all the same with --force"
+            )
+        model = manifests[schemas.MODEL.name].content
+        return Record(
+            release, self.clock(), whoami(), model, {name: manifests[name].content for name in sorted(manifests)},
+            manifests[schemas.ITEMS.name].num_rows, sum(manifest.num_bytes for manifest in manifests.values()),
+            quality_of(storage, manifests), gate, refused,
+        )  # fmt: skip
 
     def rollback(self, release: str | None = None) -> Record:
         """Make the previous release live again, or the one named; it must be as it was published.

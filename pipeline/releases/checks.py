@@ -66,16 +66,16 @@ def check_run(storage: Storage, verify: bool = False) -> dict[str, Manifest]:
                 f"{storage.locate(made.name)} was made of another {source.name} than lies beside it, and a release is "
                 f"of one lineage; {how_to_build(made.name)}"
             )
+    there = {path: size for path, (size, _) in storage.files("").items()}
     for name, manifest in manifests.items():
-        check_files(storage, name, manifest, verify)
+        _check_files(storage, name, manifest, there, verify)
     return manifests
 
 
-def check_files(storage: Storage, name: str, manifest: Manifest, verify: bool) -> None:
+def _check_files(storage: Storage, name: str, manifest: Manifest, there: Mapping[str, int], verify: bool) -> None:
     """Raise DataError unless every file of the dataset is there, of its size and, with verify, of its checksum."""
-    there = storage.files(name)
     for shard in manifest.shards:
-        found = there[shard.name][0] if shard.name in there else None
+        found = there.get(f"{name}/{shard.name}")
         problem = ""
         if found != shard.bytes:
             problem = "is not there" if found is None else f"has {found:,} bytes, expected {shard.bytes:,}"
@@ -102,8 +102,8 @@ def verdict_of(storage: Storage) -> dict[str, Any] | None:
     """What the gate wrote in the run; None if it was not asked. Raises DataError for a verdict that says neither."""
     try:
         tree = json.loads(storage.read_bytes(VERDICT))
-        if not isinstance(tree["passed"], bool):
-            raise ValueError(f"passed is {tree['passed']!r}")
+        if tree["verdict"] not in ("passed", "refused"):
+            raise ValueError(f"verdict is {tree['verdict']!r}")
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:

@@ -74,12 +74,16 @@ class Lease:
         self._storage, self._seconds, self._clock, self._still_there = storage, seconds, clock, still_there
         host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname())[:40].lstrip(".")
         self.held = Held(checked_id(release), f"{host}-{os.getpid()}-{uuid.uuid4().hex[:12]}", whoami(), 0.0)
-        self.lost: str | None = None
-        """Why the release may have been deleted although it is open; None while it is held."""
+        self._refusal: PipelineError | None = None
         self._closed = threading.Event()
         self.renew()
         self._thread = threading.Thread(target=self._keep, name=f"lease of {release}", daemon=True)
         self._thread.start()
+
+    @property
+    def lost(self) -> PipelineError | None:
+        """Why it could not be renewed, once it has expired and the release may be deleted; None while it is held."""
+        return self._refusal if self._clock() > self.held.expires_at else None
 
     def renew(self) -> None:
         """Say that the reader is there. After a pause longer than the lease, see whether the release still is."""
@@ -102,7 +106,6 @@ class Lease:
             kept = self.held
             try:
                 self.renew()
-                self.lost = None
+                self._refusal = None
             except PipelineError as error:  # told to whoever asks the release; the next round may mend it
-                self.held = kept
-                self.lost = str(error)
+                self.held, self._refusal = kept, error

@@ -74,7 +74,7 @@ def make_plan(
     holds = _holds(catalogue, pointer, skew)
     reasons = {name: f"previous of {other}" for name, other in needed.items()} | holds
     reasons |= dict.fromkeys(building, "being built") | dict.fromkeys(keep, "named by the settings")
-    kept |= {name: reasons[name] for name in old if name in reasons}
+    kept |= {name: reasons[name] for name in set(released) | unpublished if name in reasons}
     going = (old - set(kept)) | {name for name in pointer.collecting if name not in holds or name not in records}
     of_release = {name: sizes.get(name, 0) for name in sorted(going) if name in released or name in pointer.released}
     others = {name: sizes.get(name, 0) for name in sorted(going) if name not in of_release}

@@ -54,7 +54,7 @@ def test_a_rollback_does_not_lead_to_what_was_rolled_back_from(place: str) -> No
 
 def test_a_record_says_what_was_published(place: str) -> None:
     run = write_run(place, "a", 0)
-    gate = {"passed": True, "checks": []}
+    gate = {"verdict": "passed", "checks": []}
     run.write_bytes("gate/verdict.json", json.dumps(gate).encode())
     catalogue = Catalogue(place, clock=lambda: 1000.0)
     record = catalogue.publish(f"{place}/runs/a")
@@ -77,10 +77,12 @@ def test_equal_models_make_one_space_and_others_another(place: str) -> None:
 def test_what_the_gate_refused_is_published_only_by_force(place: str) -> None:
     run = write_run(place, "a", 0)
     catalogue = Catalogue(place)
-    run.write_bytes("gate/verdict.json", b'{"passed": false}')
+    run.write_bytes("gate/verdict.json", b'{"verdict": "refused", "forced": null}')
     with pytest.raises(DataError, match=r"the gate refused .*gate/verdict.json says why.*--force"):
         catalogue.publish("a")
     assert catalogue.publish("a", force=True).forced
+    write_run(place, "b", 1).write_bytes("gate/verdict.json", b'{"verdict": "refused", "forced": {"why": "sale"}}')
+    assert catalogue.publish("b").gate == {"verdict": "refused", "forced": {"why": "sale"}}
     run.write_bytes("gate/verdict.json", b'{"verdict": "?"}')
     with pytest.raises(DataError, match="is no verdict"):
         catalogue.publish("a")
