@@ -506,14 +506,16 @@ class Gate(Section):
     align: bool = False
     """Also store the rotation that turns tonight's vectors into the live release's space, for readers who compare
     vectors of different nights."""
-    max_degree_shift: Annotated[float, Field(gt=0.0)] = 0.25
-    """Population stability index of the items' degrees, in octaves: 0.1 is a change, 0.25 another population."""
+    max_degree_shift: Annotated[float, Field(gt=0.0)] = 0.5
+    """Octaves by which the items' degrees may move on average: 1 where every second event is gone, 0.02 in a week of a
+    shop of 17 months."""
     nights: PositiveInt = 8
     """Tonight's data is compared with the same weekdays of so many weeks, and with the summaries of so many nights."""
     min_volume: Share = 0.5
     """Share of the usual number of events: half of the data missing blocks. A quiet week of a small shop has 0.6."""
     min_basket: Share = 0.65
-    """Share of the usual events of a user and day. It varies less than the volume, so it betrays lost rows sooner."""
+    """Share of the usual events of a user and day: it varies less than the volume, so it betrays lost rows sooner.
+    Where it was lower on a night that tells what is usual, that is the bound, but never less than a half."""
     max_lost: Share = 0.05
     """Share of the events that the live release knew, of the time that both cover, which may be gone."""
     max_repeats: Share = 0.05

@@ -16,9 +16,11 @@ import pytest
 from pyspark.sql import SparkSession
 from safetensors.numpy import load, save
 
+from jobs.gate import read_history
 from pipeline import ingest
 from pipeline.contracts import datasets, schemas
 from pipeline.contracts.config import Settings, load_settings
+from pipeline.contracts.errors import DataError
 from pipeline.contracts.storage import Storage
 from pipeline.gate import data
 from pipeline.gate.alignment import mean_cosine, read_alignment
@@ -58,6 +60,7 @@ class Night(Shop):
         tree["task"]["training"] |= {"epochs": 4, "learning_rate": 0.01}
         tree["task"]["data"]["previous"] = None if previous is None else str(previous)
         tree["task"]["gate"] = {"align": True}
+        tree["resources"] |= {"rows_per_shard": 50, "events_per_shard": 3000}
         self.settings_file.write_text(json.dumps(tree), encoding="utf-8")
 
     def judge(self, live: Night, *arguments: str) -> tuple[Outcome, dict[str, Any]]:
@@ -244,3 +247,15 @@ def test_spoilt_data_is_refused_by_its_check(
     found = {c.name for c in data.check_data(now, old, measured, [], settings.task.gate) if c.verdict == "block"}
     assert found >= expected
     assert found <= expected | {"volume"}
+
+
+def test_earlier_nights_are_read_by_date_alone_or_inside_a_verdict(tmp_path: Path) -> None:
+    (tmp_path / "2020-09-02.json").write_text(json.dumps({"volume": 7, "night": "2020-09-02"}))
+    (tmp_path / "2020-09-01.json").write_text(json.dumps({"tonight": {"volume": 5}}))
+    (tmp_path / "notes.txt").write_text("none of them")
+    found = read_history(str(tmp_path))
+    assert [(night["night"], night["volume"]) for night in found] == [("2020-09-01", 5), ("2020-09-02", 7)]
+    assert read_history(str(tmp_path / "nothing")) == []
+    (tmp_path / "2020-09-03.json").write_text("{")
+    with pytest.raises(DataError, match=r"2020-09-03.json is no night's summary"):
+        read_history(str(tmp_path))
