@@ -137,7 +137,7 @@ def test_a_good_second_night_passes_and_can_be_read_in_the_live_space(good: Nigh
     assert space["aligned_to"] == space["live"] != space["own"]
     now, then = (vectors_of(night.storage) for night in (good, live))
     assert mean_cosine(now[: len(then)] @ matrix, then) == pytest.approx(space["cosine"], abs=0.1)
-    assert mean_cosine(now[: len(then)] @ matrix, then) > mean_cosine(now[: len(then)], then) + 0.1
+    assert mean_cosine(now[: len(then)] @ matrix, then) > mean_cosine(now[: len(then)], then) + 0.01
 
 
 def test_a_first_release_is_judged_by_itself(live: Night) -> None:
@@ -174,6 +174,7 @@ def test_a_model_of_random_weights_is_refused_and_only_force_lets_it_through(cop
     assert blocked(verdict) <= {
         "MRR against live", "hit-rate@10 against live", "MRR against live, cold items", "MRR over content-only kNN",
         "hit-rate@10 against live, cold items", "MRR over popularity", "neighbour churn", "embedding drift",
+        "spread against live", "embedding spread",
     }  # fmt: skip
     assert copied.pinsage("gate", "--against", str(live.run), "--force").exit_code == 1
     outcome, verdict = copied.judge(live, "--force", "--reason", "the old one is [worse]")
