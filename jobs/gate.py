@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
+from pyspark.sql import SparkSession
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -56,8 +57,13 @@ def gate_command(
         forced = Force(os.environ.get("USER", "unknown"), reason or "") if force else None
         live, past = None if against is None else Storage(against), [] if history is None else read_history(history)
         date = None if night is None else _date(night)
-        spark = session(loaded.resources.spark, loaded.task.name)
-        verdict = judge(spark, Storage(loaded.resources.run), loaded, live, past, date, forced)
+        found = SparkSession.getActiveSession()
+        spark = found or session(loaded.resources.spark, loaded.task.name)
+        try:
+            verdict = judge(spark, Storage(loaded.resources.run), loaded, live, past, date, forced)
+        finally:
+            if found is None:
+                spark.stop()
         print_verdict(verdict)
         if verdict["verdict"] != "passed" and not verdict["forced"]:
             raise SystemExit(REFUSED)

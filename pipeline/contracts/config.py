@@ -492,8 +492,8 @@ class Gate(Section):
     """With fewer questions that both runs can answer, a comparison says nothing and is skipped."""
     over_popularity: Annotated[float, Field(ge=0.0)] = 1.0
     """PinSage's MRR, item to item, is at least this many times that of popularity. 0: not asked."""
-    over_content: Annotated[float, Field(ge=0.0)] = 0.9
-    """As over_popularity, of the content alone; below 1 where interactions are too few to add to it. 0: not asked."""
+    over_content: Annotated[float, Field(ge=0.0)] = 1.0
+    """As over_popularity, of the content alone, which random weights nearly reach. 0: not asked."""
     recall_slack: Share = 0.02
     """How far the index's recall may stay below task.index.recall_target."""
     min_coverage: Share = 0.999
@@ -510,25 +510,27 @@ class Gate(Section):
     """By how much the share of content columns that are equal for all items may rise."""
     churn: Share = 0.5
     """Share of the ten nearest items of an item that others may replace, while the model stays the same."""
-    churn_new_model: Share = 0.9
-    """As churn, for a newly trained model: two trainings on the same data share about half of them."""
+    churn_new_model: Share = 0.7
+    """As churn, for a newly trained model: two trainings share about half, one and random weights a quarter."""
     drift: Share = 0.2
     """1 - mean cosine of items with themselves in the live release, after the best rotation; the same model."""
-    drift_new_model: Share = 0.7
-    """As drift, for a newly trained model."""
+    drift_new_model: Share = 0.5
+    """As drift, for a newly trained model: 0.26 between two weeks of the demo, 0.58 to random weights."""
     sample: PositiveInt = 1000
     """Items whose neighbours are compared by exact search: one pass over both catalogues."""
     align: bool = False
     """Also store the rotation that turns tonight's vectors into the live release's space, for readers who compare
     vectors of different nights."""
-    max_degree_shift: Annotated[float, Field(gt=0.0)] = 0.25
-    """Population stability index of the items' degrees, in octaves: 0.1 is a change, 0.25 another population."""
+    max_degree_shift: Annotated[float, Field(gt=0.0)] = 0.5
+    """Octaves by which the items' degrees may move on average: 1 where every second event is gone, 0.02 in a week of a
+    shop of 17 months."""
     nights: PositiveInt = 8
     """Tonight's data is compared with the same weekdays of so many weeks, and with the summaries of so many nights."""
     min_volume: Share = 0.5
     """Share of the usual number of events: half of the data missing blocks. A quiet week of a small shop has 0.6."""
     min_basket: Share = 0.65
-    """Share of the usual events of a user and day. It varies less than the volume, so it betrays lost rows sooner."""
+    """Share of the usual events of a user and day: it varies less than the volume, so it betrays lost rows sooner.
+    Where it was lower on a night that tells what is usual, that is the bound, but never less than a half."""
     max_lost: Share = 0.05
     """Share of the events that the live release knew, of the time that both cover, which may be gone."""
     max_repeats: Share = 0.05

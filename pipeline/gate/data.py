@@ -135,11 +135,16 @@ def measure_volume(days: Mapping[int, Day], before: int, night: int, settings: G
         if not quiet(day) and len(past) >= FEWEST_WEEKS:
             usual += float(np.median(past))
             counted.append(days.get(day, Day()))
-    past_days = [days[day] for day in range(before - 7 * settings.nights, before + 1) if day in days and not quiet(day)]
+    spans = [
+        [days[day] for day in range(stop - (night - before) + 1, stop + 1) if day in days and not quiet(day)]
+        for stop in range(before, before - 7 * settings.nights, min(-1, before - night))
+    ]
+    baskets = [basket for span in spans if (basket := _basket(span)) is not None]
     return {
         "span_days": night - before, "usual": usual if counted else None,
         "events_of_usual_days": sum(day.events for day in counted),
-        "basket": _basket(counted), "usual_basket": _basket(past_days),
+        "basket": _basket(counted), "usual_basket": float(np.median(baskets)) if baskets else None,
+        "least_basket": min(baskets, default=None),
     }  # fmt: skip
 
 
@@ -210,9 +215,10 @@ def check_volume(measured: Mapping[str, Any], history: Sequence[Mapping[str, Any
     if basket is None or not before:
         return [*found, skip("events per user", "too few users to tell")]
     text = f"{basket:.1f} events of a user and day, {before:.1f} usual"
+    bound = max(0.5, min(settings.min_basket, 0.95 * measured["least_basket"] / before))
     return [
         *found,
-        at_least("events per user", basket / before, settings.min_basket, text, f"rows are missing; {remedy}"),
+        at_least("events per user", basket / before, bound, text, f"rows are missing; {remedy}"),
     ]
 
 

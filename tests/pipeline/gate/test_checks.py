@@ -109,7 +109,7 @@ def test_floors_that_are_not_asked_or_cannot_be_are_skipped() -> None:
 
 
 def test_quality_that_sinks_night_after_night_is_told_but_does_not_block() -> None:
-    history = [{"mrr": 0.2}, {"mrr": None}, {"mrr": 0.19}, {"mrr": 0.21}]
+    history: list[dict[str, Any]] = [{"mrr": 0.2}, {"mrr": None}, {"mrr": 0.19}, {"mrr": 0.21}]
     assert checks.check_trend(0.181, history, GATE).verdict == "pass"
     assert checks.check_trend(0.179, history, GATE).verdict == "warn"
     assert checks.check_trend(0.1, history[:3], GATE).verdict == "skip"
@@ -180,18 +180,16 @@ def test_a_new_model_may_move_more_than_the_same_one() -> None:
     assert grades(checks.check_movement(0.1, None, True, GATE))["embedding drift"] == "skip"
 
 
-def test_the_degree_shift_is_the_stability_index_worked_by_hand() -> None:
-    # 100 and 100 items in two octaves, then 150 and 50, each with half an item more
-    now, then = [[1, 150], [2, 30], [3, 20]], [[1, 100], [2, 100]]
-    one, other = 150.5 / 201, 100.5 / 201
-    expected = (one - other) * math.log(one / other) + (other - one) * math.log((1 - one) / (1 - other))
-    assert checks.degree_shift(now, then) == pytest.approx(expected)
-    assert checks.degree_shift(then, then) == 0
+def test_the_degree_shift_is_the_distance_worked_by_hand() -> None:
+    # a quarter of the items moves from log2(1 + 3) = 2 to log2(1 + 1) = 1
+    assert checks.degree_shift([[1, 150], [3, 50]], [[1, 10], [3, 10]]) == pytest.approx(0.25)
+    assert checks.degree_shift([[0, 5], [7, 5]], [[7, 1]]) == pytest.approx(1.5)
+    assert checks.degree_shift([[1, 3]], [[1, 7]]) == 0
+    assert checks.degree_shift([], []) == 0
 
 
-def test_degrees_warn_before_they_block() -> None:
-    base = [[0, 100], [1, 400], [2, 300], [4, 200]]
-    assert checks.check_degrees(base, base, GATE).verdict == "pass"
-    assert checks.check_degrees([[0, 160], [1, 450], [2, 300], [4, 90]], base, GATE).verdict == "warn"
-    halved = [[0, 350], [1, 400], [2, 200], [4, 50]]
-    assert checks.check_degrees(halved, base, GATE).verdict == "block"
+def test_degrees_that_grow_over_an_octave_pass_and_halved_ones_block() -> None:
+    base = [[56, 100]]
+    assert checks.check_degrees([[64, 100]], base, GATE).verdict == "pass"
+    assert checks.check_degrees([[72, 100]], base, GATE).verdict == "warn"
+    assert checks.check_degrees([[28, 100]], base, GATE).verdict == "block"
