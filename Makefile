@@ -2,7 +2,7 @@
 #   make test ARGS="-k walks -x"        more arguments for pytest
 #   make setup PYTHON=python3.12        another Python for .venv
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint cluster-test bench clean
+.PHONY: help setup demo test lint audit cluster-test bench clean
 
 PYTHON ?=
 ARGS ?=
@@ -23,6 +23,9 @@ lint: setup ## ruff and mypy
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy pipeline model jobs tests $$(find infra -name '*.py')
+
+audit: setup ## the list of all packages (dist/sbom.cdx.json), and advisories about them where these can be reached
+	@.venv/bin/python -m infra.audit $(ARGS)
 
 cluster-test: setup ## only the tests that start a Spark master and workers on this machine
 	@.venv/bin/python -m pytest -m cluster $(ARGS)

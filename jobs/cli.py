@@ -115,11 +115,10 @@ def query(
         keys, scores = Index.open(storage).neighbours(item_key, k)
         nodes = read_table(storage, open_manifest(storage, schemas.ITEMS), ["key", "title"])
         titles = dict(zip(nodes.column("key").to_pylist(), nodes.column("title").to_pylist(), strict=True))
-        table = Table(
-            "", "score", "key", "title", title=escape(f"{item_key}  {titles.get(item_key) or ''}"), title_style="bold"
-        )
+        heading = report.plain(f"{item_key}  {titles.get(item_key) or ''}")
+        table = Table("", "score", "key", "title", title=heading, title_style="bold")
         for place, (key, score) in enumerate(zip(keys, scores, strict=True), 1):
-            table.add_row(str(place), f"{score:.3f}", escape(key), escape(titles.get(key) or ""))
+            table.add_row(str(place), f"{score:.3f}", report.plain(key), report.plain(titles.get(key) or ""))
         console.print(table)
 
 

@@ -17,6 +17,7 @@ from pipeline.contracts import schemas
 from pipeline.contracts.config import load_settings
 from pipeline.contracts.datasets import is_up_to_date
 from pipeline.contracts.errors import PipelineError
+from pipeline.contracts.safety import Redacting
 from pipeline.contracts.storage import Storage
 
 if __name__ == "__main__":
@@ -49,6 +50,8 @@ def main() -> int:
     arguments = parser.parse_args()
     is_first = distributed.world()[0] == 0
     logging.basicConfig(format="training: %(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(Redacting())
     logging.getLogger("model").setLevel(logging.INFO if is_first else logging.ERROR)
     try:
         run(arguments.settings, arguments.overrides, arguments.force)

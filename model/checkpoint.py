@@ -75,7 +75,7 @@ class Keeper:
             kept = {entry[0] for entry in self.kept}
             for other in self.storage.names(FOLDER):
                 if _NAME.fullmatch(other) and other not in kept:
-                    self.storage.delete(f"{FOLDER}/{other}")
+                    self.storage.remove(f"{FOLDER}/{other}")
         except StorageError as error:
             self.kept = before
             logger.warning("no checkpoint at %s: %s; training goes on, the one before it still counts", name, error)
@@ -84,11 +84,19 @@ class Keeper:
 def read(storage: Storage) -> bytes | None:
     """The newest checkpoint that is whole, for `decode`; None if there is none."""
     for name in sorted(filter(_NAME.fullmatch, storage.names(FOLDER)), reverse=True):
-        data = storage.read_bytes(f"{FOLDER}/{name}")
-        if hashlib.sha256(data[_DIGEST_BYTES:]).digest() == data[:_DIGEST_BYTES]:
-            return data
-        logger.warning("%s/%s is damaged: its checksum differs; the checkpoint before it is taken", FOLDER, name)
+        try:
+            return storage.read_with(f"{FOLDER}/{name}", _checked)
+        except FileNotFoundError:
+            logger.warning("%s/%s is listed and gone; the checkpoint before it is taken", FOLDER, name)
+        except ValueError:
+            logger.warning("%s/%s is damaged: its checksum differs; the checkpoint before it is taken", FOLDER, name)
     return None
+
+
+def _checked(data: bytes) -> bytes:
+    if hashlib.sha256(data[_DIGEST_BYTES:]).digest() != data[:_DIGEST_BYTES]:
+        raise ValueError("another checksum")
+    return data
 
 
 def decode(data: bytes | None, lineage: Lineage) -> dict[str, Any] | None:

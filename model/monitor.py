@@ -125,11 +125,9 @@ class Monitor:
         if not self.loader.number(start):
             return []
         try:
-            lines = self.storage.read_bytes(LOG).decode().splitlines()
+            return self.storage.read_with(LOG, lambda data: _lines_until(data, start))
         except FileNotFoundError:
             return []
-        places = [Position(found["epoch"], found["step"]) for found in map(json.loads, lines)]
-        return [line for line, place in zip(lines, places, strict=True) if place <= start]
 
     def _log(self, epoch: int, step: int, values: dict[str, Any]) -> None:
         """A line of the log; step counts the steps done in that epoch."""
@@ -155,6 +153,12 @@ class Monitor:
                     self.storage.put_file(file, f"{EVENTS}/{file.name}")
         except StorageError as error:
             logger.warning("the log is not stored: %s; training goes on", error)
+
+
+def _lines_until(data: bytes, start: Position) -> list[str]:
+    lines = data.decode().splitlines()
+    places = [Position(found["epoch"], found["step"]) for found in map(json.loads, lines)]
+    return [line for line, place in zip(lines, places, strict=True) if place <= start]
 
 
 def _event_writer(folder: str, step: int) -> Any:

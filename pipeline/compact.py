@@ -109,7 +109,8 @@ def principal_directions(sample: Floats) -> Floats:
 
 def turned(storage: Storage, vectors: NDArray[np.floating], dimensions: int) -> Floats:
     """Queries [n, d] for the column first_{dimensions} of COMPACT: [n, dimensions]."""
-    rotation = np.load(io.BytesIO(read_file(storage, open_manifest(storage, ROTATION), ROTATION_FILE)))
+    data = read_file(storage, open_manifest(storage, ROTATION), ROTATION_FILE)
+    rotation = np.load(io.BytesIO(data), allow_pickle=False)
     result: Floats = _single(np.asarray(vectors)) @ rotation[:, :dimensions]
     return result
 

@@ -96,6 +96,8 @@ def destination_rows(spark: SparkSession, storage: Storage, manifest: Manifest, 
         for shard in manifest.shards[task["first"] : task["stop"]]:
             path = f"{manifest.dataset}/{shard.name}"
             footer = storage.read_range(path, shard.bytes - number * _ENTRY.itemsize, shard.bytes)
+            if len(footer) < number * _ENTRY.itemsize:
+                raise _not_as_written(storage, manifest, shard, ValueError("cut short"))
             total += np.frombuffer(footer, _ENTRY)["rows"]
         return {"rows": total.tolist()}
 
@@ -135,14 +137,23 @@ def each_block(
             start, stop = int(entries["stop"][0]) if before else 0, int(entries["stop"][-1])
             if start == stop:
                 continue
-            block = storage.read_range(path, start, stop)
-            if zlib.crc32(block) != entries["crc"][-1]:
-                raise ValueError("another checksum")
+            crc = int(entries["crc"][-1])
+            block = storage.read_with(path, lambda found, crc=crc: _checked(found, crc), (start, stop))  # type: ignore[misc]
             table = decode_block(block, schema)
         except (FileNotFoundError, ValueError, pa.ArrowException) as error:
-            remedy = how_to_build(manifest.dataset, "again")
-            raise DataError(f"{storage.locate(path)} is not as it was written ({error}); {remedy}") from None
+            raise _not_as_written(storage, manifest, shard, error) from None
         yield table
+
+
+def _checked(block: bytes, crc: int) -> bytes:
+    if zlib.crc32(block) != crc:
+        raise ValueError("another checksum")
+    return block
+
+
+def _not_as_written(storage: Storage, manifest: Manifest, shard: Shard, error: Exception) -> DataError:
+    where = storage.locate(f"{manifest.dataset}/{shard.name}")
+    return DataError(f"{where} is not as it was written ({error}); {how_to_build(manifest.dataset, 'again')}")
 
 
 def stream_blocks(

@@ -29,7 +29,7 @@ from pipeline.contracts.datasets import (
     begin,
     commit,
     find_manifest,
-    finished_shard,
+    finished_file,
     open_manifest,
     read_rows,
     read_shard,
@@ -67,8 +67,8 @@ def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Line
 
     def work(task: Task) -> Task:
         number = task["shard"]
-        shard = finished_shard(storage, FEATURES, number, lineage)
-        if shard is None:
+        finished = finished_file(storage, FEATURES, number, lineage)
+        if finished is None:
             table = read_shard(storage, content, number)
             degrees = read_rows(storage, items, task["start"], task["stop"], ["degree"]).column("degree")
             encoders = load_encoders(storage)
@@ -76,8 +76,8 @@ def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Line
             columns = {"id": table.column("id"), "features": vectors_to_arrow(vectors)}
             shard = write_shard(storage, FEATURES, number, pa.table(columns), lineage)
         else:
-            stored = pa.BufferReader(storage.read_bytes(f"{FEATURES.name}/{shard.name}"))
-            vectors = arrow_to_vectors(pq.read_table(stored).column("features"))
+            shard, data = finished
+            vectors = arrow_to_vectors(pq.read_table(pa.BufferReader(data)).column("features"))
         wide = vectors.astype(np.float64)
         return {
             "shard": asdict(shard),

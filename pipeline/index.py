@@ -157,10 +157,10 @@ def _merges_on_disk(build: Build, empty: faiss.Index) -> bool:
 def _trained(build: Build, sample: Floats) -> Trained:
     """From an interrupted attempt, from an earlier night while it holds, or trained now."""
     source = build.source
-    stored, noted = source.finished(TRAINED), source.finished(NOTE)
+    stored, noted = source.content(TRAINED), source.content(NOTE)
     if stored is not None and noted is not None:
-        note = json.loads(source.storage.read_bytes(f"{INDEX_PARTS}/{NOTE}"))
-        return Trained(_deserialize(source.storage.read_bytes(f"{INDEX_PARTS}/{TRAINED}")), note["origin"], note["few"])
+        note = json.loads(noted)
+        return Trained(_deserialize(stored), note["origin"], note["few"])
     index, origin = _former(build, sample)
     if index is None:
         with build.timed("train"), progress("index: train", len(sample)) as advance:
@@ -180,8 +180,9 @@ def _former(build: Build, sample: Floats) -> tuple[faiss.Index | None, dict[str,
     url, source = build.settings.task.data.previous, build.source
     if url is None or not build.settings.task.index.reuse:
         return None, {}
-    if source.finished(REFUSED) is not None:
-        return None, {"retrained": source.storage.read_bytes(f"{INDEX_PARTS}/{REFUSED}").decode()}
+    refused = source.content(REFUSED)
+    if refused is not None:
+        return None, {"retrained": refused.decode()}
     earlier = Storage(url)
     manifest = datasets.find_manifest(earlier, INDEX)
     if manifest is None or not any(shard.name == TRAINED for shard in manifest.shards):
@@ -205,7 +206,7 @@ def _refuse_former(build: Build, why: str) -> None:
     say(f"index: the former quantizer does not do: {why}; training anew")
     build.source.keep(REFUSED, why.encode())
     for name in (TRAINED, NOTE):
-        build.source.storage.delete(f"{INDEX_PARTS}/{name}")
+        build.source.storage.remove(f"{INDEX_PARTS}/{name}")
 
 
 def _add_and_merge(
@@ -233,7 +234,8 @@ def _add_and_merge(
                 for name, file, count in zip(names, local, rows, strict=False)
             ]
     else:
-        index = open_files(source.storage, [shard for shard in stored if shard is not None], folder, verify=False)
+        files = [shard for shard in stored if shard is not None]
+        index = open_files(source.storage, files, folder, verify=not source.storage.is_local)
     return made, index, [shard for shard in stored if shard is not None]
 
 
@@ -293,7 +295,7 @@ def _publish(
         datasets.put_large_file(source.storage, INDEX.name, name, file, source.lineage, rows)
         for name, file in zip((KEYS_FILE, LOOKUP_FILE), keys, strict=True)
     ]
-    data = source.storage.read_bytes(f"{INDEX_PARTS}/{TRAINED}")
+    data = building.trained_file(source, trained.origin["sha256"])
     stored.append(datasets.write_file(source.storage, INDEX.name, TRAINED, data, source.lineage))
     text = json.dumps(found, indent=1, sort_keys=True).encode()
     stored.append(datasets.write_file(source.storage, INDEX.name, RECALL_FILE, text, source.lineage))

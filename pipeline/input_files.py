@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv as csv
@@ -26,7 +25,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.contracts.errors import DataError, PipelineError
-from pipeline.contracts.storage import describe_inputs, explain
+from pipeline.contracts.storage import describe_inputs, explain, open_input
 
 ENDINGS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
@@ -92,7 +91,7 @@ def inspect(url: str, file_format: str = "auto", setting: str = "the settings", 
     """Open one file and look at its footer or first lines; size is its bytes if they are known."""
     file_format = tell_format(url, setting) if file_format == "auto" else file_format
     if file_format == "parquet":
-        with _explained(url, "opened as Parquet"), fsspec.open(url, "rb") as file:
+        with _explained(url, "opened as Parquet"), open_input(url) as file:
             footer = pq.ParquetFile(file)
             counts = tuple(footer.metadata.row_group(n).num_rows for n in range(footer.metadata.num_row_groups))
             names = tuple(footer.schema_arrow.names)
@@ -140,7 +139,7 @@ def peek(file: InputFile, columns: Sequence[str] | None = None) -> pa.Table:
             table = _parse_head(_head(file.url), file.format, file.delimiter)
             return table.select(columns) if columns is not None else table
         first = next((n for n, rows in enumerate(file.row_groups) if rows), None)
-        with fsspec.open(file.url, "rb") as stream:
+        with open_input(file.url) as stream:
             parquet = pq.ParquetFile(stream)
             if first is None:
                 return parquet.schema_arrow.empty_table()
@@ -154,10 +153,10 @@ def read_piece(task: dict[str, Any], columns: Sequence[str]) -> Piece:
     with _explained(url, "read"):
         if task["format"] == "parquet":
             first, last = task["row_groups"]
-            with fsspec.open(url, "rb") as stream:
+            with open_input(url) as stream:
                 table = pq.ParquetFile(stream).read_row_groups(range(first, last), columns=names, use_threads=False)
             return Piece(table.select(names), np.arange(table.num_rows, dtype=np.int64) + task["first_row"])
-        with fsspec.open(url, "rb", compression="infer") as stream:
+        with open_input(url, "infer") as stream:
             if task["format"] == "csv":
                 return _read_csv(stream, names, task["delimiter"])
             return _read_lines(stream, names)
@@ -202,7 +201,7 @@ def _read_lines(stream: BinaryIO, names: list[str]) -> Piece:
 def _head(url: str) -> bytes:
     """Whole lines from the start of a text file: about 1 MB, at least one line after the header if there is one."""
     lines, size = [], 0
-    with fsspec.open(url, "rb", compression="infer") as stream:
+    with open_input(url, "infer") as stream:
         for line in stream:
             lines.append(line)
             size += len(line)

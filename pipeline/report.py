@@ -12,8 +12,10 @@ from html import escape
 from typing import Any
 
 from rich.console import RenderableType
-from rich.markup import escape as plain
+from rich.markup import escape as unmarked
 from rich.table import Table
+
+from pipeline.contracts.safety import printable
 
 Metrics = Mapping[str, Any]
 Point = tuple[float, float]
@@ -532,6 +534,11 @@ def _why_empty(result: Metrics, task: str) -> str:
     if counts["users_with_test_events"] and counts["without_history"] == counts["users_with_test_events"]:
         return "no user has both training history and test events (users that live for one moment, such as invoices)"
     return "no user with training history touched a new item in the test period"
+
+
+def plain(text: str) -> str:
+    """Text from the user's data for a terminal: neither markup nor control characters."""
+    return unmarked(printable(text))
 
 
 def _name(item: Metrics) -> str:

@@ -44,6 +44,7 @@ from pipeline.contracts import errors
 from pipeline.contracts.config import SparkResources
 from pipeline.contracts.datasets import Lineage, Manifest, Shard, finished_shard, read_shard, write_shard
 from pipeline.contracts.errors import PipelineError, ResourceError
+from pipeline.contracts.safety import SECRET_NAMES, printable
 from pipeline.contracts.schemas import Dataset
 from pipeline.contracts.storage import Storage
 
@@ -80,6 +81,7 @@ def session(resources: SparkResources, name: str) -> SparkSession:
         "spark.sql.adaptive.enabled": "false",
         "spark.sql.execution.arrow.pyspark.enabled": "true",
         "spark.sql.execution.arrow.maxRecordsPerBatch": "100000",
+        "spark.redaction.regex": f"(?i){SECRET_NAMES}",
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",
         "spark.python.worker.reuse": "true",
@@ -180,7 +182,7 @@ def make_shards(
 
 def say(text: str) -> None:
     """One line to the person who watches."""
-    Console(stderr=True, highlight=False).print(text, soft_wrap=True, markup=False)
+    Console(stderr=True, highlight=False).print(printable(text), soft_wrap=True, markup=False)
 
 
 def write_shards(

@@ -22,6 +22,7 @@ from pipeline.contracts.datasets import (
     Shard,
     begin,
     commit,
+    finished_file,
     finished_manifest,
     finished_shard,
     shard_name,
@@ -100,16 +101,16 @@ def run_step(
     def work(task: Task) -> Task:
         number = task.pop("number")
         file = f"part-{number:05d}.json"
-        noted = finished_shard(storage, name, file, lineage)
+        noted = finished_file(storage, name, file, lineage)
         shards = [finished_shard(storage, output.dataset, output.file(number), lineage) for output in outputs]
         if noted is None or None in shards:
             made, report = make(task)
             pairs = zip(outputs, made, strict=True)
             shards = [output.write(storage, number, rows, lineage) for output, rows in pairs]
-            noted = write_file(storage, name, file, json.dumps(report).encode(), lineage)
+            stored = write_file(storage, name, file, json.dumps(report).encode(), lineage)
         else:
-            report = json.loads(storage.read_bytes(f"{name}/{file}"))
-        return {"report": report, "noted": asdict(noted), "shards": [asdict(shard) for shard in shards if shard]}
+            stored, report = noted[0], json.loads(noted[1])
+        return {"report": report, "noted": asdict(stored), "shards": [asdict(shard) for shard in shards if shard]}
 
     results = run_tasks(spark, [{**task, "number": number} for number, task in enumerate(tasks)], work, label)
     reports = [result["report"] for result in results]

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,12 @@ def environment() -> dict[str, str]:
     return {**kept, "PYTHONPATH": str(ROOT), "TERM": "dumb"}
 
 
-def pinsage(*arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run `pinsage` to its end and check its exit code."""
-    done = subprocess.run(command(*arguments), env=environment(), capture_output=True, text=True, check=False, cwd=ROOT)
+def pinsage(
+    *arguments: str, expect: int = 0, surroundings: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `pinsage` to its end and check its exit code; surroundings are further environment variables."""
+    variables = {**environment(), **(surroundings or {})}
+    done = subprocess.run(command(*arguments), env=variables, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == expect, f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return done
 

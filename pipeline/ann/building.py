@@ -64,20 +64,25 @@ class Source:
         """The scratch file, if an interrupted attempt finished it."""
         return datasets.finished_shard(self.storage, INDEX_PARTS, file, self.lineage)
 
+    def content(self, file: str) -> bytes | None:
+        """What a finished scratch file holds."""
+        found = datasets.finished_file(self.storage, INDEX_PARTS, file, self.lineage)
+        return None if found is None else found[1]
+
+    def read(self, file: Shard) -> bytes:
+        """What a scratch file holds, checked."""
+        return datasets.read_stored(self.storage, INDEX_PARTS, file)
+
     def keep(self, file: str, data: bytes | memoryview, rows: int = 0) -> Shard:
         """Store a scratch file with its receipt."""
         return datasets.write_file(self.storage, INDEX_PARTS, file, bytes(data), self.lineage, rows)
 
     def fetch(self, file: Shard, folder: str) -> str:
         """A scratch file as a local one, checked; where it lies, if that is this machine."""
-        where = self.storage.locate(f"{INDEX_PARTS}/{file.name}")
         if self.storage.is_local:
-            return where
-        data = self.storage.read_bytes(f"{INDEX_PARTS}/{file.name}")
-        if hashlib.sha256(data).hexdigest() != file.sha256:
-            raise DataError(f"{where} is not as it was written; {how_to_build(INDEX_PARTS, 'again')}")
+            return self.storage.locate(f"{INDEX_PARTS}/{file.name}")
         local = os.path.join(folder, file.name)
-        Path(local).write_bytes(data)
+        Path(local).write_bytes(self.read(file))
         return local
 
 
@@ -113,7 +118,7 @@ def take_sample(spark: SparkSession, source: Source, sample: Sample) -> tuple[Fl
 
     tasks = [{"place": place} for place in range(len(sample.shards))]
     files = run_tasks(spark, tasks, work, "index: sample")
-    taken = [_from_npy(source.storage.read_bytes(f"{INDEX_PARTS}/{file['name']}")) for file in files]
+    taken = [_from_npy(source.read(Shard(**file))) for file in files]
     train = np.concatenate([part[: len(rows)] for part, rows in zip(taken, sample.train, strict=True)])
     queries = np.concatenate([part[len(rows) :] for part, rows in zip(taken, sample.train, strict=True)])
     firsts = np.concatenate([[0], np.cumsum([shard.rows for shard in source.embeddings.shards])])
@@ -128,7 +133,7 @@ def _npy(array: NDArray[Any]) -> bytes:
 
 
 def _from_npy(data: bytes) -> NDArray[Any]:
-    array: NDArray[Any] = np.load(io.BytesIO(data))
+    array: NDArray[Any] = np.load(io.BytesIO(data), allow_pickle=False)
     return array
 
 
@@ -170,7 +175,7 @@ def add_parts(spark: SparkSession, source: Source, queries: Queries, gpu: bool, 
         found = [source.finished(name) for name in names]
         if (with_index and None in found) or None in found[1:]:
             with parts.omp_threads(source.threads):
-                vectors = _from_npy(source.storage.read_bytes(f"{INDEX_PARTS}/{asked.name}"))
+                vectors = _from_npy(source.read(asked))
                 made = _make_part(source, Queries(vectors, ids, depth), low, high, gpu, with_index)
             found = [
                 None if data is None else source.keep(name, data, rows)
@@ -217,7 +222,7 @@ def true_neighbours(source: Source, made: Sequence[Part]) -> Exact:
 
     def read() -> Iterator[Exact]:
         for part in made:
-            ids, bits = _from_npy(source.storage.read_bytes(f"{INDEX_PARTS}/{part.exact.name}"))
+            ids, bits = _from_npy(source.read(part.exact))
             yield Exact(ids, bits.astype(np.int32).view(np.float32))
 
     return merge_exact(read())
@@ -236,7 +241,23 @@ def merge_parts(source: Source, made: Sequence[Part], folder: str, lists_file: s
 
 def read_trained(source: Source) -> faiss.Index:
     """The trained, empty index."""
-    return faiss.deserialize_index(np.frombuffer(source.storage.read_bytes(f"{INDEX_PARTS}/{TRAINED}"), np.uint8))
+    return faiss.deserialize_index(np.frombuffer(trained_file(source, source.lineage.inputs[TRAINED]), np.uint8))
+
+
+def trained_file(source: Source, sha256: str) -> bytes:
+    """The trained, empty index as stored, checked."""
+    path = f"{INDEX_PARTS}/{TRAINED}"
+
+    def check(data: bytes) -> bytes:
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise ValueError("another checksum")
+        return data
+
+    try:
+        return source.storage.read_with(path, check)
+    except (FileNotFoundError, ValueError) as error:
+        remedy = how_to_build(INDEX_PARTS, "again")
+        raise DataError(f"{source.storage.locate(path)} is not as it was written ({error}); {remedy}") from None
 
 
 def build_here(source: Source, trained: faiss.Index) -> faiss.Index:

@@ -197,12 +197,16 @@ def _fetch(storage: Storage, files: Sequence[Shard], folder: Path, verify: bool)
         folder.mkdir(parents=True, exist_ok=True)
     for shard in files:
         local = folder / shard.name
-        if not storage.is_local and not (local.exists() and local.stat().st_size == shard.bytes):
-            _download(storage, shard, local)
-        problem = _difference(local, shard, verify)
-        if problem:
+        problem: str | None = "is not copied yet"
+        for _ in range(1 if storage.is_local else 2):  # a copy may be cut on its way
+            if not storage.is_local and not (local.exists() and local.stat().st_size == shard.bytes):
+                _download(storage, shard, local)
+            problem = _difference(local, shard, verify)
+            if problem is None:
+                break
             if not storage.is_local:
                 local.unlink(missing_ok=True)
+        if problem:
             raise DataError(f"{local} {problem}; {how_to_build(INDEX.name, 'again')}")
     return folder
 

@@ -15,12 +15,12 @@ from itertools import pairwise, product
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import fsspec
 import yaml
 from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.contracts.errors import SettingsError, StorageError
-from pipeline.contracts.storage import retry
+from pipeline.contracts.safety import secrets_in
+from pipeline.contracts.storage import open_input, retry
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -825,7 +825,15 @@ def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_settings(tree: Mapping[str, Any], where: str = "settings", base: str | None = None) -> Settings:
-    """Check a tree of plain values; base is the folder or URL that relative paths start at (None: left as they are)."""
+    """Check a tree of plain values; base is the folder or URL that relative paths start at (None: left as they are).
+
+    A tree that holds a key or a secret is refused: settings are stored with every run and shown in its report.
+    """
+    if secret := list(secrets_in(tree)):
+        raise SettingsError(
+            f"{where}: {', '.join(secret)} holds a key or a secret; settings are stored with every run, so take it out "
+            "and give credentials by the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY), a profile or a role"
+        )
     try:
         settings = Settings.model_validate(tree)
     except ValidationError as error:
@@ -879,7 +887,7 @@ def reference(model: type[BaseModel] = Settings, prefix: str = "") -> list[tuple
 
 
 def _read(source: str) -> bytes:
-    with fsspec.open(source, "rb") as file:
+    with open_input(source) as file:
         data: bytes = file.read()
     return data
 

@@ -15,11 +15,12 @@ import json
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib import metadata as packages
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -33,8 +34,11 @@ from pipeline.contracts.storage import Storage
 
 MANIFEST = "_manifest.json"
 RECEIPTS = "_building"
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 _OURS = re.compile(r"part-\d+\.parquet|checkpoint\.pt")
 """Names that only stages give: an old version's shards, a finished training's checkpoint. Receipts name the rest."""
+Data: TypeAlias = bytes
+"""For Shard, where bytes is a count."""
 _MAX_LIST_ENTRIES = 2**31 - 1
 """Of one list column in one shard: Arrow and Parquet count them in 32 bits."""
 
@@ -47,6 +51,17 @@ class Shard:
     rows: int
     bytes: int
     sha256: str
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what no stage writes: a manifest from elsewhere must not lead to other files."""
+        if not _NAME.fullmatch(self.name) or self.rows < 0 or self.bytes < 0:
+            raise ValueError(f"{self.name!r} with {self.rows} rows, {self.bytes} bytes is no file of a dataset")
+
+    def check(self, data: Data) -> Data:
+        """The data, if it is what was stored; else ValueError."""
+        if len(data) != self.bytes or hashlib.sha256(data).hexdigest() != self.sha256:
+            raise ValueError(f"it has {len(data):,} bytes, expected {self.bytes:,} bytes of another checksum")
+        return data
 
 
 @dataclass(frozen=True)
@@ -103,28 +118,44 @@ def find_manifest(storage: Storage, dataset: Dataset | str) -> Manifest | None:
     name = dataset if isinstance(dataset, str) else dataset.name
     path = f"{name}/{MANIFEST}"
     try:
-        tree = json.loads(storage.read_bytes(path))
-        version = tree["schema_version"]
-        if version == SCHEMA_VERSION:
-            return Manifest(
-                dataset=tree["dataset"],
-                schema_version=version,
-                shards=tuple(Shard(**shard) for shard in tree["shards"]),
-                lineage=Lineage(**tree["lineage"]),
-                metadata=tree["metadata"],
-                code_version=tree["code_version"],
-                created_at=tree["created_at"],
-            )
+        found = storage.read_with(path, lambda data: _parse_manifest(data, name))
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise DataError(
-            f"{storage.locate(path)} is not a manifest ({error!r}); delete the folder {name} and run again"
+            f"{storage.locate(path)} is not a manifest ({error}); delete the folder {name} and run again"
         ) from None
+    if isinstance(found, Manifest):
+        return found
     raise DataError(
-        f"{storage.locate(path)} has schema version {version}, this code reads version {SCHEMA_VERSION}; "
+        f"{storage.locate(path)} has schema version {found}, this code reads version {SCHEMA_VERSION}; "
         "choose another resources.run, or delete that run to build it again"
     )
+
+
+def _parse_manifest(data: bytes, name: str) -> Any:
+    """The manifest of the dataset of that name, or the schema version if it is another. ValueError if it is neither."""
+    try:
+        tree = json.loads(data)
+        if tree["schema_version"] != SCHEMA_VERSION:
+            return tree["schema_version"]
+        manifest = Manifest(
+            dataset=tree["dataset"],
+            schema_version=tree["schema_version"],
+            shards=tuple(Shard(**shard) for shard in tree["shards"]),
+            lineage=Lineage(**tree["lineage"]),
+            metadata=tree["metadata"],
+            code_version=tree["code_version"],
+            created_at=tree["created_at"],
+        )
+        is_whole = tree["content"] == manifest.content
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(repr(error)) from None
+    if manifest.dataset != name:
+        raise ValueError(f"it is of the dataset {manifest.dataset!r}")
+    if not is_whole:
+        raise ValueError("its content differs from its own checksum")
+    return manifest
 
 
 def finished_manifest(storage: Storage, dataset: Dataset | str, lineage: Lineage) -> Manifest | None:
@@ -189,7 +220,7 @@ def commit(
     kept = {shard.name for shard in manifest.shards}
     for other in storage.names(name):
         if other not in kept and (other in received or _OURS.fullmatch(other)):
-            storage.delete(f"{name}/{other}")
+            storage.remove(f"{name}/{other}")
     storage.remove_unfinished(name)
     storage.write_bytes(f"{name}/{MANIFEST}", text.encode())
     storage.delete(f"{name}/{RECEIPTS}")
@@ -199,12 +230,14 @@ def commit(
 def begin(storage: Storage, dataset: Dataset | str) -> None:
     """Withdraw the dataset before its shards are overwritten, so that no manifest speaks of other bytes.
 
-    Receipts beside a manifest are those of a finished attempt whose commit was killed, not of one to go on with.
+    Receipts beside a manifest are those of a finished attempt whose commit was killed, not of one to go on with. The
+    manifest is asked for itself: a listing may be too old to have it.
     """
     name = dataset if isinstance(dataset, str) else dataset.name
-    if MANIFEST in storage.names(name):
+    with suppress(FileNotFoundError):
+        storage.read_bytes(f"{name}/{MANIFEST}")
         storage.delete(f"{name}/{RECEIPTS}")
-        storage.delete(f"{name}/{MANIFEST}")
+        storage.remove(f"{name}/{MANIFEST}")
 
 
 def take_over(storage: Storage, earlier: Storage, dataset: Dataset, lineage: Lineage) -> Manifest:
@@ -229,7 +262,7 @@ def withdraw_broken(storage: Storage) -> list[str]:
         try:
             manifest = find_manifest(storage, name)
             for shard in () if manifest is None else manifest.shards:
-                _read_checked(storage, name, shard)
+                read_stored(storage, name, shard)
         except DataError:
             storage.delete(path)
             storage.delete(f"{name}/{RECEIPTS}")
@@ -310,17 +343,24 @@ def leave_receipt(storage: Storage, name: str, shard: Shard, lineage: Lineage) -
 
 def finished_shard(storage: Storage, dataset: Dataset | str, file: int | str, lineage: Lineage) -> Shard | None:
     """The shard that an interrupted attempt of the same lineage and code finished, checked byte for byte; else None."""
+    found = finished_file(storage, dataset, file, lineage)
+    return None if found is None else found[0]
+
+
+def finished_file(
+    storage: Storage, dataset: Dataset | str, file: int | str, lineage: Lineage
+) -> tuple[Shard, bytes] | None:
+    """As finished_shard, with what the shard holds."""
     name = dataset if isinstance(dataset, str) else dataset.name
     file = shard_name(file) if isinstance(file, int) else file
     try:
-        receipt = json.loads(storage.read_bytes(f"{name}/{RECEIPTS}/{file}.json"))
+        receipt = storage.read_with(f"{name}/{RECEIPTS}/{file}.json", json.loads)
         if (receipt.pop("fingerprint"), receipt.pop("code_version")) != (lineage.fingerprint, code_version()):
             return None
         shard = Shard(**receipt)
-        data = storage.read_bytes(f"{name}/{file}")
+        return (shard, storage.read_with(f"{name}/{file}", shard.check)) if shard.name == file else None
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return shard if hashlib.sha256(data).hexdigest() == shard.sha256 else None
 
 
 def read_file(storage: Storage, manifest: Manifest, file: str) -> bytes:
@@ -328,12 +368,12 @@ def read_file(storage: Storage, manifest: Manifest, file: str) -> bytes:
     shard = next((shard for shard in manifest.shards if shard.name == file), None)
     if shard is None:
         raise DataError(f"{manifest.dataset} has no file {file}; {how_to_build(manifest.dataset)}")
-    return _read_checked(storage, manifest.dataset, shard)
+    return read_stored(storage, manifest.dataset, shard)
 
 
 def read_shard(storage: Storage, manifest: Manifest, number: int, columns: Sequence[str] | None = None) -> pa.Table:
     """One shard as a table, checked against the manifest, whose writer checked the schema."""
-    data = _read_checked(storage, manifest.dataset, manifest.shards[number])
+    data = read_stored(storage, manifest.dataset, manifest.shards[number])
     return pq.read_table(pa.BufferReader(data), columns=columns)
 
 
@@ -357,19 +397,18 @@ def read_table(storage: Storage, manifest: Manifest, columns: Sequence[str] | No
     return read_rows(storage, manifest, 0, manifest.num_rows, columns)
 
 
-def _read_checked(storage: Storage, name: str, shard: Shard) -> bytes:
+def read_stored(storage: Storage, name: str, shard: Shard) -> bytes:
+    """A file of the dataset of that name, checked. Raises DataError if it is gone or was changed."""
     path = f"{name}/{shard.name}"
     try:
-        data = storage.read_bytes(path)
+        return storage.read_with(path, shard.check)
     except FileNotFoundError:
         remedy = how_to_build(name, "again")
         raise DataError(f"{storage.locate(path)} is in the manifest but not there; {remedy}") from None
-    if len(data) != shard.bytes or hashlib.sha256(data).hexdigest() != shard.sha256:
+    except ValueError as error:
         raise DataError(
-            f"{storage.locate(path)} was changed after its manifest was written: it has {len(data):,} bytes, expected "
-            f"{shard.bytes:,} bytes of another checksum; {how_to_build(name, 'again')}"
-        )
-    return data
+            f"{storage.locate(path)} was changed after its manifest was written: {error}; {how_to_build(name, 'again')}"
+        ) from None
 
 
 # ------------------------------------------------------------------------------------------------ arrays and Arrow

@@ -6,9 +6,17 @@ escapes a stage is our own mistake and keeps its traceback.
 
 from __future__ import annotations
 
+from pipeline.contracts.safety import printable, redact
+
 
 class PipelineError(Exception):
-    """Something outside our code is wrong; the message says what to do. Jobs print it and exit with 1."""
+    """Something outside our code is wrong; the message says what to do. Jobs print it and exit with 1.
+
+    No message shows a secret or moves a terminal's cursor, whatever it was made of.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(redact(message)))
 
 
 class SettingsError(PipelineError):

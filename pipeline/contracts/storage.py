@@ -4,12 +4,16 @@ An object is written completely or not at all: on an object store by one put, el
 then renamed. Reads and writes are retried here and nowhere else. `write_if` (see `conditional`) decides between writers
 of one object. A Storage pickles to its URL, so Spark tasks and training ranks open their own. Memory: one object at a
 time.
+
+Credentials come from the environment or the SDK's chain, never by a URL. A listing may be old: nothing here or above
+may rest on what it lacks. A body may be cut on its way: what has a checksum is read by `read_with`, which asks again.
 """
 
 from __future__ import annotations
 
 import datetime
 import errno
+import io
 import json
 import os
 import random
@@ -29,11 +33,26 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.contracts import conditional
 from pipeline.contracts.errors import StorageError
+from pipeline.contracts.safety import holds_secret
 
 T = TypeVar("T")
-ATTEMPTS = 4
-_FINAL = (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError, ImportError, ValueError)
+ATTEMPTS = 6
+"""With the pauses between them about 40 s: a store that answers nothing for half a minute ends no run."""
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 20.0
+_REREADS = 2
+"""How often what differs from its checksum is asked for again where it came over a network."""
+_FINAL = (
+    PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError, ImportError, ValueError, TypeError,
+    AttributeError,
+)  # fmt: skip
 _FINAL_ERRNO = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG)
+_FINAL_NAMES = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "DefaultCredentialsError"}
+"""Of libraries that need not be installed: who has no credentials now has none in a minute."""
+_S3 = ("s3", "s3a")
+_S3_CLIENT = {"connect_timeout": 10, "read_timeout": 60, "retries": {"mode": "standard", "total_max_attempts": 3}}
+"""Nothing hangs for ever; three attempts for each request, as one transfer may be thousands of them."""
+_BULK = 1000  # the most keys that S3 deletes by one request
+_INPUT_BUFFER = 1 << 22
 _PUTS_WHOLE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memory"}
 """Protocols whose put shows a reader all of an object or nothing; the others may be caught half way."""
 _UNFINISHED = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
@@ -48,8 +67,9 @@ class Storage:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self._filesystem, root = retry(f"open {url}", lambda: fsspec.core.url_to_fs(url))
+        self._filesystem, root = retry(f"open {url}", lambda: filesystem_of(url))
         self.root = root.rstrip("/") or "/"
+        self._is_s3 = not set(_S3).isdisjoint(_protocols(self._filesystem))
 
     def __getstate__(self) -> str:
         return self.url
@@ -75,14 +95,34 @@ class Storage:
     def read_bytes(self, path: str) -> bytes:
         """The whole object. Raises FileNotFoundError if there is none, StorageError for any other refusal."""
         full = self.locate(path)
-        data: bytes = retry(f"read {full}", lambda: self._filesystem.cat_file(full))
+        options = {"max_concurrency": 1} if self._is_s3 else {}  # more would ask for the size before every read
+        data: bytes = retry(f"read {full}", lambda: self._filesystem.cat_file(full, **options))
         return data
 
     def read_range(self, path: str, start: int, stop: int) -> bytes:
         """Bytes [start, stop) of an object, fewer where it ends before. Raises as read_bytes."""
         full = self.locate(path)
-        data: bytes = retry(f"read {full}", lambda: self._filesystem.cat_file(full, start=start, end=stop))
+        data = b""
+        for _ in range(1 if self.is_local else 1 + _REREADS):
+            data = retry(f"read {full}", lambda: self._filesystem.cat_file(full, start=start, end=stop))
+            if len(data) == stop - start:
+                break
         return data
+
+    def read_with(self, path: str, parse: Callable[[bytes], T], span: tuple[int, int] | None = None) -> T:
+        """What parse makes of an object, or of a span of it. parse raises ValueError for bytes that are not as written.
+
+        Those are then asked for again if they came over a network, where an answer may be cut short; else, or in the
+        end, its error is raised. Raises as read_bytes.
+        """
+        for left in range(0 if self.is_local else _REREADS, -1, -1):
+            data = self.read_bytes(path) if span is None else self.read_range(path, *span)
+            try:
+                return parse(data)
+            except ValueError:
+                if not left:
+                    raise
+        raise AssertionError("unreachable")
 
     def write_bytes(self, path: str, data: bytes | memoryview, lasting: bool = True) -> None:
         """Write the whole object, or nothing: a reader sees the old or the new one (HDFS, SFTP: for a moment none).
@@ -168,8 +208,8 @@ class Storage:
 
     def _store(self, action: str, full: str, write: Callable[[str], None]) -> None:
         """Let write fill the object, by way of a temporary name where readers could see it half written."""
-        folder, protocols = self.root if self.is_local else "", self._filesystem.protocol
-        if _PUTS_WHOLE & ({protocols} if isinstance(protocols, str) else set(protocols)):
+        folder = self.root if self.is_local else ""
+        if _PUTS_WHOLE & _protocols(self._filesystem):
             attempt = partial(write, full)
         else:
             attempt = partial(self._write_and_rename, full, write)
@@ -225,25 +265,132 @@ class Storage:
 
         def delete() -> None:
             with suppress(FileNotFoundError):
-                self._filesystem.rm(full, recursive=True)
+                if self._is_s3 and "/" in full:  # s3fs looks five times whether there is something
+                    self._delete_keys(full)
+                else:
+                    self._filesystem.rm(full, recursive=True)
 
         retry(f"delete {full}", delete)
+
+    def _delete_keys(self, full: str) -> None:
+        parent, _, name = full.rpartition("/")
+        every = [full, *self._filesystem.find(parent, prefix=f"{name}/")]
+        bucket, keys = full.split("/", 1)[0], [key.split("/", 1)[1] for key in every]
+        for first in range(0, len(keys), _BULK):
+            asked = {"Objects": [{"Key": key} for key in keys[first : first + _BULK]], "Quiet": True}
+            refused = self._filesystem.call_s3("delete_objects", Bucket=bucket, Delete=asked).get("Errors")
+            if refused:  # of single keys; the answer as a whole is a success
+                raise OSError(f"{len(refused)} objects were not deleted: {refused[0]}")
+
+    def remove(self, path: str) -> None:
+        """Remove one object, of which no listing needs to know; nothing there is fine."""
+        full = self.locate(path)
+
+        def remove() -> None:
+            with suppress(FileNotFoundError):
+                self._filesystem.rm_file(full)
+
+        retry(f"delete {full}", remove)
 
     def remove_unfinished(self, path: str, before: float | None = None) -> None:
         """Remove what interrupted writes left in a folder; call it when nobody writes there.
 
         before: only what was last written before that time, and below its folders too; then others may write.
         """
+        if _PUTS_WHOLE & _protocols(self._filesystem):
+            return
         old = self._list(path) if before is None else [n for n, (_, time) in self.files(path).items() if time < before]
         for name in old:
             if _UNFINISHED.fullmatch(name.rsplit("/", 1)[-1]):
-                self.delete(f"{path}/{name}")
+                self.remove(f"{path}/{name}")
 
     def check_writable(self) -> None:
         """Raise StorageError, before work starts, if nothing can be written here."""
         probe = f".writable-{uuid.uuid4().hex}"
         self.write_bytes(probe, b"")
-        self.delete(probe)
+        self.remove(probe)
+
+
+def filesystem_of(url: str) -> tuple[Any, str]:
+    """The file system behind a URL, and the path on it. For S3 with limits to waiting and without cached listings.
+
+    What the user's own fsspec configuration says (FSSPEC_S3 in the environment) goes above ours. Raises StorageError
+    for a URL with credentials: it would be stored with every run and shown in every message.
+    """
+    if holds_secret(url):
+        raise StorageError(
+            f"{url} holds a key or a secret; take it out, and give credentials by the environment (AWS_ACCESS_KEY_ID, "
+            "AWS_SECRET_ACCESS_KEY), a profile or a role"
+        )
+    options: dict[str, Any] = {}
+    for protocol in _S3:
+        if f"{protocol}://" in url:
+            client: dict[str, Any] = dict(_S3_CLIENT)
+            if any(name in os.environ for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")):
+                client["s3"] = {"addressing_style": "path"}  # MinIO and its like have no host name for each bucket
+            given = fsspec.config.conf.get(protocol, {})
+            client |= given.get("config_kwargs", {})
+            options[protocol] = {"use_listings_cache": False, **given, "config_kwargs": client}
+    filesystem, path = fsspec.core.url_to_fs(url, **options)
+    if options and hasattr(filesystem, "retries"):
+        filesystem.retries = 1  # s3fs's own: botocore tries each request again, and `retry` all of them together
+    return filesystem, path
+
+
+def _protocols(filesystem: Any) -> set[str]:
+    return {filesystem.protocol} if isinstance(filesystem.protocol, str) else set(filesystem.protocol)
+
+
+class _Ranges(io.RawIOBase):
+    """An object of known size, read by ranges; an answer that is shorter than asked for is an error, to be retried."""
+
+    def __init__(self, filesystem: Any, path: str, size: int) -> None:
+        self._filesystem, self._path, self._size, self._place = filesystem, path, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._place = max(0, offset + (0, self._place, self._size)[whence])
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        stop = min(self._place + len(buffer), self._size)
+        if stop <= self._place:
+            return 0
+
+        def read() -> bytes:
+            data: bytes = self._filesystem.cat_file(self._path, start=self._place, end=stop)
+            if len(data) != stop - self._place:
+                raise OSError(f"{len(data):,} bytes came, expected {stop - self._place:,}")
+            return data
+
+        buffer[: stop - self._place] = retry(f"read {self._path}", read)
+        count, self._place = stop - self._place, stop
+        return count
+
+
+@contextmanager
+def open_input(url: str, compression: str | None = None) -> Iterator[BinaryIO]:
+    """A file of the user's, to read; compression `infer` goes by its ending. Of an object store, all of it or an error.
+
+    Raises FileNotFoundError, or what the file system raises; the caller explains it.
+    """
+    filesystem, path = filesystem_of(url)
+    if not _PUTS_WHOLE & _protocols(filesystem):
+        with fsspec.open(url, "rb", compression=compression) as file:
+            yield file
+        return
+    size = retry(f"read {url}", lambda: filesystem.info(path)["size"])
+    with io.BufferedReader(_Ranges(filesystem, path, int(size)), _INPUT_BUFFER) as file:
+        kind = fsspec.core.get_compression(path, compression)
+        yield fsspec.compression.compr[kind](file, mode="rb") if kind else file
 
 
 def retry(action: str, attempt: Callable[[], T], folder: str = "") -> T:
@@ -258,9 +405,11 @@ def retry(action: str, attempt: Callable[[], T], folder: str = "") -> T:
         except (FileNotFoundError, MemoryError, StorageError):
             raise
         except Exception as error:
-            if isinstance(error, _FINAL) or getattr(error, "errno", None) in _FINAL_ERRNO or not remaining:
+            final = isinstance(error, _FINAL) or type(error).__name__ in _FINAL_NAMES
+            if final or getattr(error, "errno", None) in _FINAL_ERRNO or not remaining:
                 raise explain(action, error, folder) from error
-            time.sleep((ATTEMPTS - remaining) * 0.2 * (1 + random.random()))
+            pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 4 ** (ATTEMPTS - 1 - remaining))
+            time.sleep(pause * (0.5 + random.random() / 2))  # not all tasks again in the same moment
     raise AssertionError("unreachable")
 
 
@@ -308,7 +457,7 @@ def describe_inputs(url: str) -> list[dict[str, Any]]:
 
 
 def _describe(url: str) -> list[dict[str, Any]]:
-    filesystem, path = fsspec.core.url_to_fs(url)
+    filesystem, path = filesystem_of(url)
     filesystem.invalidate_cache()
     if any(sign in path for sign in "*?[") and not filesystem.exists(path):
         names = [name for name in filesystem.glob(path) if not filesystem.isdir(name)]

@@ -161,7 +161,7 @@ def test_settings_behind_a_package_that_is_missing_are_explained(monkeypatch: py
     def no_package(*arguments: Any, **options: Any) -> None:
         raise ImportError("Install s3fs to access S3")
 
-    monkeypatch.setattr(fsspec, "open", no_package)
+    monkeypatch.setattr(fsspec.core, "url_to_fs", no_package)
     with pytest.raises(SettingsError, match=r"cannot read the settings file s3://b/p.yaml: Install s3fs"):
         load_settings("s3://b/p.yaml")
 

@@ -376,7 +376,7 @@ def test_files_that_cannot_be_asked_for_are_explained(flaky: Storage, monkeypatc
     with pytest.raises(StorageError, match=r"cannot list flaky://bucket/a: LibraryError: no credentials"):
         describe_inputs("flaky://bucket/a")
 
-    def no_package(url: str) -> None:
+    def no_package(url: str, **options: Any) -> None:
         raise ImportError("Install s3fs to access S3")
 
     monkeypatch.setattr(fsspec.core, "url_to_fs", no_package)
