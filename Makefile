@@ -2,7 +2,7 @@
 #   make test ARGS="-k walks -x"        more arguments for pytest
 #   make setup PYTHON=python3.12        another Python for .venv
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint audit cluster-test bench clean
+.PHONY: help setup demo test lint audit cluster-test airflow airflow-test bench clean
 
 PYTHON ?=
 ARGS ?=
@@ -30,9 +30,15 @@ audit: setup ## the list of all packages (dist/sbom.cdx.json), and advisories ab
 cluster-test: setup ## only the tests that start a Spark master and workers on this machine
 	@.venv/bin/python -m pytest -m cluster $(ARGS)
 
+airflow: setup ## Airflow 3 in .airflow, an environment of its own; a minute the first time
+	@bash infra/airflow/setup.sh
+
+airflow-test: airflow ## the DAG loaded and run in that Airflow, a whole night with every stage included; two minutes
+	@PINSAGE_AIRFLOW_NIGHT=1 .venv/bin/python -m pytest -m airflow $(ARGS)
+
 bench: setup ## neighbourhoods a second, and how good they are, against DGL's sampler; 5 minutes
 	@.venv/bin/python -m infra.bench.walks $(ARGS)
 
 clean: ## remove caches, build output and .venv, but not runs/
-	rm -rf .venv .venv.lock .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info spark-warehouse metastore_db derby.log
+	rm -rf .venv .venv.lock .airflow .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info spark-warehouse metastore_db derby.log
 	find pipeline model jobs infra tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from infra.launch.local_cluster import SPARK_SUBMIT, standalone_cluster
-from infra.launch.package import build
+from infra.launch.package import build, build_environment
 from pipeline.contracts import schemas
 from pipeline.contracts.datasets import arrow_to_vectors, open_manifest, read_table
 from pipeline.contracts.storage import Storage
@@ -109,6 +109,43 @@ def test_an_index_of_two_executors_is_that_of_one_process_though_one_dies(tmp_pa
     alone = faiss.read_index(str(published / "trained.faiss"))
     alone.add(vectors)
     assert bytes(faiss.serialize_index(alone).data) == (published / "index.faiss").read_bytes()
+
+
+PROBE = """
+from pyspark.sql import SparkSession
+def look(_):
+    import sys, faiss, numba, pipeline.index, sklearn
+    yield f"{sys.flags.no_site} {numba.__file__} {sklearn.__file__} {pipeline.index.__file__}"
+print("probe:", *SparkSession.builder.getOrCreate().sparkContext.parallelize([0], 1).mapPartitions(look).collect())
+"""
+
+
+@pytest.mark.cluster
+def test_executors_need_no_package_of_their_host(tmp_path: Path) -> None:
+    """Code and packages both come with the job: the executors' Python is the host's bare one on the shipped archive."""
+    settings = make_shop(tmp_path)
+    probe = tmp_path / "probe.py"
+    probe.write_text(PROBE)
+    package = build(tmp_path / "pinsage.zip")
+    archive = build_environment(tmp_path / "environment.tar.gz", without=["torch"])
+    kept = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
+    hosts_python = f"{sys.base_prefix}/bin:{kept['PATH']}"
+    with standalone_cluster(tmp_path / "cluster", num_workers=1) as master:
+        for job in ([str(ROOT / "jobs" / "ingest.py"), "--settings", str(settings)], [str(probe)]):
+            command = [
+                *SUBMIT, "--master", master, "--py-files", str(package), "--archives", f"{archive}#env",
+                "--conf", "spark.pyspark.python=./env/bin/python",
+                "--conf", f"spark.pyspark.driver.python={sys.executable}",
+                "--conf", f"spark.executorEnv.PATH={hosts_python}", *job,
+            ]  # fmt: skip
+            _run(command, {**kept, "PYTHONSAFEPATH": "1"}, tmp_path, None)
+    said = next(line for line in (tmp_path / "submitted.log").read_text().splitlines() if line.startswith("probe:"))
+    no_site, *files = said.removeprefix("probe: ").split()
+    assert no_site == "1", "nothing that is installed on the host is seen"
+    assert [file.partition("/0/")[2] for file in files] == [
+        "env/lib/numba/__init__.py", "env/lib/sklearn/__init__.py", "pinsage.zip/pipeline/index.py",
+    ]  # fmt: skip
+    assert open_manifest(Storage(str(tmp_path / "run")), schemas.INTERACTIONS).num_rows == 1440
 
 
 def _run(command: list[str], where: dict[str, str], folder: Path, kill_at: Path | None) -> None:

@@ -32,8 +32,9 @@ def standalone_cluster(folder: Path, num_workers: int = 2, memory: str = "1g") -
     folder.mkdir(parents=True, exist_ok=True)
     port, page = _free_port(), _free_port()
     url = f"spark://127.0.0.1:{port}"
+    mine = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # code comes with the job
     environment = {
-        **os.environ, "PYSPARK_PYTHON": sys.executable, "SPARK_LOCAL_IP": "127.0.0.1", "SPARK_NO_DAEMONIZE": "1",
+        **mine, "PYSPARK_PYTHON": sys.executable, "SPARK_LOCAL_IP": "127.0.0.1", "SPARK_NO_DAEMONIZE": "1",
         "SPARK_LOCAL_DIRS": str(folder / "scratch"), "SPARK_DAEMON_MEMORY": "256m",
     }  # fmt: skip
     processes: list[subprocess.Popen[bytes]] = []
