@@ -36,7 +36,9 @@ def check_reader(site: str, nights: dict[str, int], cache: Path) -> str:
         return release.id
 
 
-@pytest.mark.parametrize(("place", "rounds"), [("disk", 50), ("s3", 2)], indirect=["place"])
+@pytest.mark.parametrize(
+    ("place", "rounds"), [("disk", 50), pytest.param("s3", 2, marks=pytest.mark.slow)], indirect=["place"]
+)
 def test_of_two_publishers_who_saw_the_same_one_wins_and_the_other_is_told(place: str, rounds: int) -> None:
     names = [("a0", "a1"), ("b0", "b1")]
     for night, name in enumerate(["first", *names[0], *names[1]]):
@@ -58,7 +60,11 @@ def test_of_two_publishers_who_saw_the_same_one_wins_and_the_other_is_told(place
     assert Catalogue(place).live().sequence == rounds + 1
 
 
-@pytest.mark.parametrize(("place", "rounds", "longest"), [("disk", 60, 0.08), ("s3", 2, 1.0)], indirect=["place"])
+@pytest.mark.parametrize(
+    ("place", "rounds", "longest"),
+    [("disk", 60, 0.08), pytest.param("s3", 2, 1.0, marks=pytest.mark.slow)],
+    indirect=["place"],
+)
 def test_a_publisher_killed_at_any_moment_leaves_one_release_whole(
     place: str, rounds: int, longest: float, tmp_path: Path
 ) -> None:
