@@ -72,7 +72,11 @@ def _losses(storage: Storage) -> tuple[float, float]:
             "train",
             "task.model.output_dimensions was",
         ),
-        (lambda tree: tree["task"]["features"].pop("previous"), "train", "other encoders"),
+        (
+            lambda tree: tree["task"].update(features={"text_dimensions": 8, "text_buckets": 512}),
+            "train",
+            "other encoders",
+        ),
         (lambda tree: tree["task"]["data"]["items"]["columns"].pop(), "features", "read the columns"),
         (lambda tree: tree["task"]["training"].pop("previous"), "ingest", "epochs is 0"),
         (lambda tree: tree["task"]["training"].update(previous="tonight"), "ingest", "are both"),
