@@ -107,7 +107,8 @@ def ask(pins: list[tuple[str, str]]) -> int:
         print(f"audit: {name} {version}: {advisory['id']}, mended in {mended}")
     if late:
         print(f"audit: not all was answered within {AUDIT_SECONDS} s")
-    print(f"audit: {len(found)} advisories; {skipped} of {len(pins)} packages are not known to {SERVICE.split('/')[2]}")
+    told = f"{len(found)} advisories" if skipped < len(pins) else "nothing was checked"
+    print(f"audit: {told}; {skipped} of {len(pins)} packages are not known to {SERVICE.split('/')[2]}")
     return int(bool(found))
 
 

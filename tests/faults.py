@@ -107,7 +107,7 @@ class FaultyProxy:
             self.counts[kind] += 1
             drawn = self._random.random()
             for fault, rate in self.rates.items():
-                if drawn < rate and self._row[name] < self.in_a_row and self._suits(fault, kind):
+                if 0 <= drawn < rate and self._row[name] < self.in_a_row and self._suits(fault, kind):
                     self._row[name] += 1
                     return fault
                 drawn -= rate

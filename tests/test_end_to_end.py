@@ -117,7 +117,7 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bytes(shop: Path, tmp
 @pytest.mark.slow
 def test_on_object_storage_that_fails_a_run_ends_with_the_same_bytes(shop: Path, tmp_path: Path) -> None:
     """Data, settings and run at s3://; of some 1 400 requests one in twenty meets a fault, of listings one in five."""
-    rates = {"500": 0.01, "503": 0.01, "reset": 0.01, "truncated": 0.01, "cut": 0.015, "slow": 0.01, "hang": 0.001}
+    rates = {"500": 0.01, "503": 0.01, "reset": 0.01, "truncated": 0.01, "cut": 0.015, "slow": 0.01, "hang": 0.002}
     with moto_server() as upstream, FaultyProxy(upstream, seed=20261127, rates={**rates, "stale": 0.15}) as proxy:
         store = fsspec.filesystem(
             "s3", endpoint_url=upstream, key=KEY, secret=SECRET, use_listings_cache=False, skip_instance_cache=True
