@@ -32,7 +32,7 @@ from pipeline.contracts.datasets import find_manifest, read_file, withdraw_broke
 from pipeline.contracts.errors import DataError, PipelineError, ResourceError, SettingsError
 from pipeline.contracts.storage import Storage
 from pipeline.gate.stage import Force, judge
-from pipeline.nightly import lock, night, summary
+from pipeline.nightly import lock, night, page, summary
 from pipeline.nightly.night import Night
 from pipeline.releases.catalogue import Catalogue
 from pipeline.releases.retention import collect
@@ -254,9 +254,24 @@ class Steps:
             "live": self.catalogue.pointer()[1].release,
         }  # fmt: skip
         console.print(f"night {self.name}: {status}; summary in {summary.write(self.site, self.name, told)}")
+        self._draw(told, run if verdict is not None else None)
         problem = summary.notify(told)
         if problem:
             console.print(f"[yellow]not told:[/] {escape(problem)}", soft_wrap=True)
+
+    def _draw(self, told: Mapping[str, Any], run: Storage | None) -> None:
+        """The night's page; without one the night has ended all the same."""
+        before = None if told["previous"] is None else Storage(f"{self.site.url}/{night.RUNS}/{told['previous']}")
+        nights = [ended for ended in summary.read_all(self.site) if ended["night"] <= self.name]
+        try:
+            seen = None
+            if run is not None:
+                seen = page.look(run, before, self.settings.resources.cache, self.settings.task.seed)
+            path = f"{summary.NIGHTS}/{self.name}.html"
+            self.site.write_bytes(path, page.render(told, nights, seen).encode())
+            console.print(f"report: {self.site.locate(path)}", soft_wrap=True)
+        except PipelineError as error:
+            console.print(f"[yellow]no report:[/] {escape(str(error))}", soft_wrap=True)
 
 
 def _verdict(run: Storage) -> dict[str, Any]:

@@ -93,10 +93,10 @@ def render(metrics: Metrics) -> str:
         "<h2>Where this comes from</h2>",
         _provenance(metrics),
     ]
-    return _page(f"{metrics['name']}: evaluation", parts)
+    return page(f"{metrics['name']}: evaluation", parts)
 
 
-def _page(name: str, parts: Sequence[str]) -> str:
+def page(name: str, parts: Sequence[str]) -> str:
     title = escape(name)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -160,12 +160,12 @@ def _task_section(metrics: Metrics, task: str) -> str:
         next((lead for part in result["slices"].values() for lead in part.get("leads", {}).values()), {})
     )
     return (
-        f'{head}<div class="charts">{charts}</div>{_legend(result)}{_table(["method", *map(_label, names)], rows)}'
-        f"<h4>PinSage's lead, paired</h4>{_table(['slice', *map(_label, lead_names)], leads)}"
+        f'{head}<div class="charts">{charts}</div>{_legend(result)}{html_table(["method", *map(_label, names)], rows)}'
+        f"<h4>PinSage's lead, paired</h4>{html_table(['slice', *map(_label, lead_names)], leads)}"
     )
 
 
-def _table(heads: Sequence[str], rows: Sequence[str]) -> str:
+def html_table(heads: Sequence[str], rows: Sequence[str]) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in heads)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
@@ -216,7 +216,7 @@ def _degrees_card(side: str, other: str, found: Metrics) -> str:
     )
     drawing = log_curves([reached(degrees["histogram"]) for degrees in both], f"{other}, at least", side)
     note = f"<figcaption>{side} with at least so many {other}, before the limits (wide, pale) and after</figcaption>"
-    return f'<div class="card"><b>{side.capitalize()}</b>{_facts(facts)}<figure>{note}{drawing}</figure></div>'
+    return f'<div class="card"><b>{side.capitalize()}</b>{fact_list(facts)}<figure>{note}{drawing}</figure></div>'
 
 
 def reached(histogram: Sequence[Sequence[int]]) -> list[Point]:
@@ -236,7 +236,9 @@ def _index_card(index: Metrics) -> str:
     drawing = line(curve, name, "recall", labels) if len(curve) > 1 else ""
     note = f"<figcaption>recall@{index['k']} by {escape(name)}</figcaption>" if drawing else ""
     warned = "".join(f"<p>{escape(warning)}</p>" for warning in index.get("warnings", ()))
-    return f'<div class="card"><b>Index</b>{_facts(_index_facts(index))}{warned}<figure>{note}{drawing}</figure></div>'
+    return (
+        f'<div class="card"><b>Index</b>{fact_list(_index_facts(index))}{warned}<figure>{note}{drawing}</figure></div>'
+    )
 
 
 def _index_facts(index: Metrics) -> dict[str, Any]:
@@ -274,12 +276,12 @@ def index_page(index: Metrics, clock: Metrics) -> str:
     seconds = {name: f"{value:.1f} s" for name, value in clock["seconds"].items()}
     seconds["all"] = f"{sum(clock['seconds'].values()):.1f} s"
     parts = [
-        f'<div class="cards wide">{_index_card(index)}<div class="card"><b>Build</b>{_facts(seconds)}</div></div>',
+        f'<div class="cards wide">{_index_card(index)}<div class="card"><b>Build</b>{fact_list(seconds)}</div></div>',
         f"<h2>Recall and speed</h2><figure>{drawing}</figure>" if drawing else "",
         '<div class="scroll"><table><thead><tr><th>search</th><th>recall</th><th>queries a second</th></tr></thead>'
         f"<tbody>{rows}</tbody></table></div>",
     ]
-    return _page("Index", parts)
+    return page("Index", parts)
 
 
 def _training_card(history: Sequence[Metrics] | None) -> str:
@@ -304,7 +306,7 @@ def _training_card(history: Sequence[Metrics] | None) -> str:
     if len(asked) > 1:
         points = [(float(epoch["epoch"]), float(epoch["mrr"])) for epoch in asked]
         figures += f"<figure><figcaption>MRR on validation events</figcaption>{line(points, 'epoch', 'MRR')}</figure>"
-    return f'<div class="card"><b>Training</b>{_facts(facts)}{figures}</div>'
+    return f'<div class="card"><b>Training</b>{fact_list(facts)}{figures}</div>'
 
 
 def _embeddings_card(health: Metrics) -> str:
@@ -315,7 +317,7 @@ def _embeddings_card(health: Metrics) -> str:
         "coverage@10": f"{health['coverage@10']:.1%}",
     }
     return (
-        f'<div class="card"><b>Embeddings</b>{_facts(facts)}<p class="note">Cosines of random pairs should spread '
+        f'<div class="card"><b>Embeddings</b>{fact_list(facts)}<p class="note">Cosines of random pairs should spread '
         "around 0: a high mean or a small spread says that all items look alike. Coverage is the share of different "
         "items among the ten nearest of a sample, of the most there could be.</p></div>"
     )
@@ -325,16 +327,16 @@ def _provenance(metrics: Metrics) -> str:
     lineage = metrics["lineage"]
     inputs = {name: content[:16] for name, content in sorted(lineage["inputs"].items())}
     settings = _flatten(metrics["settings"])
-    data = _facts({name.replace("_", " "): value for name, value in metrics.get("data", {}).items()})
+    data = fact_list({name.replace("_", " "): value for name, value in metrics.get("data", {}).items()})
     return (
         f"<details><summary>What became of the interactions</summary>{data}</details>"
-        f"<details><summary>Inputs, by content</summary>{_facts({'code': lineage['code'], **inputs})}</details>"
-        f"<details><summary>Settings of this evaluation</summary>{_facts(settings)}</details>"
+        f"<details><summary>Inputs, by content</summary>{fact_list({'code': lineage['code'], **inputs})}</details>"
+        f"<details><summary>Settings of this evaluation</summary>{fact_list(settings)}</details>"
         f'<p class="note">Fingerprint <code>{escape(lineage["fingerprint"])}</code></p>'
     )
 
 
-def _facts(facts: Mapping[str, Any]) -> str:
+def fact_list(facts: Mapping[str, Any]) -> str:
     rows = "".join(f"<dt>{escape(str(name))}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items())
     return f"<dl>{rows}</dl>"
 

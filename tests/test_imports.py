@@ -35,7 +35,7 @@ KERNELS = {
     "neighbourhoods": {"newcomers", "pairs", "walks"},
     "questions": {"evaluation", "gate", "pairs"},
     "ranking": {"evaluation", "gate", "questions"},
-    "report": {"evaluation", "index"},
+    "report": {"evaluation", "index", "nightly"},
     "shipping": {"neighbourhoods"},
     "sources": {"guess", "ingest", "newcomers"},
     "steps": {"compact", "graph", "inference", "ingest", "pairs"},
