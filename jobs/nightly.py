@@ -25,7 +25,7 @@ from rich.markup import escape
 
 from jobs.gate import REFUSED, print_verdict
 from jobs.releases import site_of
-from jobs.stage import OverrideOption, SettingsOption, console, exit_codes, run_stages
+from jobs.stage import OverrideOption, SettingsOption, console, exit_codes, run_stages, spark_session
 from pipeline.contracts import schemas
 from pipeline.contracts.config import Settings, load_settings
 from pipeline.contracts.datasets import find_manifest, read_file, withdraw_broken
@@ -36,7 +36,6 @@ from pipeline.nightly import lock, night, page, summary
 from pipeline.nightly.night import Night
 from pipeline.releases.catalogue import Catalogue
 from pipeline.releases.retention import collect
-from pipeline.spark import session
 
 _MENDED = 3
 """So often in a night is what lies damaged on storage made again."""
@@ -160,9 +159,8 @@ class Steps:
     def run(self, tonight: Night, forced: Force | None) -> int:
         """All stages and the end, on one Spark session."""
         settings = night.settings_of(tonight, self.settings, self.site.url)
-        spark = session(settings.resources.spark, settings.task.name)
         try:
-            with budget(self.settings.resources.nightly.budget_hours):
+            with spark_session(settings), budget(self.settings.resources.nightly.budget_hours):
                 return self._mended(settings, lambda: self._stages_and_finish(tonight, settings, forced))
         except OutOfTimeError as error:
             self._tell(tonight, "out of time", [str(error)])
@@ -171,8 +169,6 @@ class Steps:
         except PipelineError as error:
             self._tell(tonight, "failed", [str(error)])
             raise
-        finally:
-            spark.stop()
 
     def _stages_and_finish(self, tonight: Night, settings: Settings, forced: Force | None) -> int:
         run_stages(schemas.STAGES, settings)
@@ -216,13 +212,9 @@ class Steps:
     def _judge(self, run: Storage, settings: Settings, live: str | None, forced: Force | None) -> dict[str, Any]:
         past = [ended["tonight"] for ended in summary.read_all(self.site) if ended["status"] == "published"]
         before = None if live is None else Storage(f"{self.site.url.rstrip('/')}/{night.RUNS}/{live}")
-        spark = session(settings.resources.spark, settings.task.name)
-        try:
-            date = datetime.date.fromisoformat(self.name)
+        date = datetime.date.fromisoformat(self.name)
+        with spark_session(settings) as spark:
             return judge(spark, run, settings, before, [found for found in past if found], date, forced)
-        except PipelineError as error:
-            self._tell(self.latest(), "failed", [str(error)])
-            raise
 
     def _tidy(self, tonight: Night) -> None:
         """Delete old releases and runs, and the layers of the run before: only the live one's are gone on from."""

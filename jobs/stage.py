@@ -206,6 +206,16 @@ def _train(settings: Settings, force: bool) -> None:
         raise ResourceError(f"training ended with exit code {finished.returncode}; its message is above")
 
 
+@contextmanager
+def spark_session(settings: Settings) -> Iterator[SparkSession]:
+    """Spark while the block runs, for all that is run in it; a session that was there before is left running."""
+    held = _LazySession(settings)
+    try:
+        yield held()
+    finally:
+        held.stop()
+
+
 class _LazySession:
     """Spark, started when the first stage needs it; a session that was there before is used, and left running."""
 
