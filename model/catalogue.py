@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import faiss
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -147,6 +146,8 @@ def nearest(vectors: Tensor, first: int, last: int, group: Group) -> NDArray[np.
 
     Without the item itself; -1 where there are not so many. A collective call: every rank looks up its share.
     """
+    import faiss  # by who mines negatives alone
+
     items = vectors.cpu().numpy()
     count, width = items.shape
     if count <= FLAT_ITEMS:

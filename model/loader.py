@@ -201,8 +201,8 @@ class Loader:
 
     def features(self, ids: Ids) -> NDArray[np.floating]:
         """Rows of the features [n, F] as stored."""
-        rows: NDArray[np.floating] = self._features.take(ids, axis=0)
-        return rows
+        rows = self.carrier.empty((len(ids), self.num_features), self._features.dtype)
+        return self._features.take(ids, axis=0, out=rows, mode="clip")  # raise would copy once more
 
     def batch(self, epoch: int, step: int) -> Batch:
         """All that a step needs, as tensors."""
@@ -237,9 +237,11 @@ class Loader:
             examples.positive.astype(np.int64), candidates, shared, examples.hard,
             self.log_q(row, examples.positive), self.log_q(row, shared),
         )  # fmt: skip
-        inputs, shown, index, lists = map(torch.from_numpy, (features, numbers, blocks.index, blocks.weights))
-        known = (None if array is None else torch.from_numpy(array) for array in (lacking, slots))
-        batch = Batch(blocks.sizes, inputs, shown, index, lists, Members(*map(torch.from_numpy, members)), row, *known)
+        inputs, shown = map(torch.from_numpy, (features, numbers))
+        index, weights, widths = self.carrier.lists(blocks)
+        held = [None if array is None else torch.from_numpy(array) for array in (lacking, slots)]
+        who = Members(*map(torch.from_numpy, members))
+        batch = Batch(blocks.sizes, inputs, shown, index, weights, who, row, held[0], held[1], widths)
         return self.carrier.prepared(batch)
 
     def batches(self, start: Position, stop: Position) -> Iterator[tuple[Position, Batch]]:

@@ -2,13 +2,15 @@
 
 Nodes are numbered in the order in which they are met: seeds first, then their neighbours, then theirs. So the nodes of
 every layer are a prefix of the nodes of the layer below, and one neighbour table serves all layers: layer k reads its
-first sizes[k] rows. Cost: one pass over the lists of sizes[1] nodes; memory: 12 bytes per list entry.
+first sizes[k] rows. Cost: one pass over what is read of the lists of sizes[1] nodes; memory: 16 bytes per entry that is
+read, 8 more per entry of the table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +18,10 @@ from numba import njit
 from numpy.typing import NDArray
 
 Ids = NDArray[np.uint32]
+_SUSPECTS = 1 << 16
+"""Slots, by the last bits of an id, that say where something may be hidden."""
+_AT_ONCE = 16
+"""Lists that are fetched beside each other."""
 
 
 @dataclass(frozen=True)
@@ -34,18 +40,35 @@ class NeighbourTable:
 
 
 @dataclass(frozen=True)
+class Hop:
+    """The lists of the nodes that so many steps lead to from the seeds, as Blocks has them, and as wide as is read."""
+
+    index: NDArray[np.int32]
+    weights: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
 class Blocks:
     """All that K layers need to embed the seeds.
 
     ids [sizes[0]] are the items whose features are read, index [sizes[1], T] their neighbours as positions in ids and
     weights [sizes[1], T] their importance: rows sum to 1, or to 0 without neighbours; padding is index 0, weight 0.
-    sizes[k] nodes leave layer k; sizes[K] are the seeds.
+    sizes[k] nodes leave layer k; sizes[K] are the seeds. hops are index and weights in narrower pieces.
     """
 
     ids: Ids
-    index: NDArray[np.int32]
-    weights: NDArray[np.float32]
+    hops: tuple[Hop, ...]
     sizes: tuple[int, ...]
+
+    @cached_property
+    def index(self) -> NDArray[np.int32]:
+        """All hops', one below the other."""
+        return _stacked([hop.index for hop in self.hops], np.int32)
+
+    @cached_property
+    def weights(self) -> NDArray[np.float32]:
+        """All hops', one below the other."""
+        return _stacked([hop.weights for hop in self.hops], np.float32)
 
 
 class HiddenEdges(NamedTuple):
@@ -80,16 +103,13 @@ def build_blocks(
 ) -> Blocks:
     """Blocks that embed the distinct seeds with a layer for each of widths, see reach; no list shows a hidden edge.
 
-    What is left of a list with a hidden entry is scaled back to sum 1. Seeds that are alone [seeds] get empty lists.
-    """
-    width = max(widths, default=table.width)
+    What is left of a list with a hidden entry is scaled back to sum 1. Seeds that are alone [seeds] get empty lists."""
     ids, sizes = seeds, [len(seeds)]
-    index = [np.zeros((0, width), np.int32)]
-    weights = [np.zeros((0, width), np.float32)]
+    hops = []
     read = 0
     empty = np.zeros(len(seeds), np.bool_) if alone is None else alone
     for most in widths:
-        lists, list_weights = _read_lists(
+        lists, weights, _ = _read_lists(
             ids[read:],
             table.indptr,
             table.neighbours,
@@ -98,15 +118,22 @@ def build_blocks(
             hidden.objects,
             empty,
             most,
-            width,
         )
         read = len(ids)
-        ids, numbers = _renumber(ids, lists, list_weights, len(table.indptr) - 1)
+        ids, numbers = _renumber(ids, lists, weights, len(table.indptr) - 1)
         empty = np.zeros(len(ids) - read, np.bool_)
-        index.append(numbers)
-        weights.append(list_weights)
+        hops.append(Hop(numbers, weights))
         sizes.append(len(ids))
-    return Blocks(ids, np.concatenate(index), np.concatenate(weights), tuple(reversed(sizes)))
+    return Blocks(ids, tuple(hops), tuple(reversed(sizes)))
+
+
+def _stacked(parts: list[NDArray[Any]], dtype: Any) -> NDArray[Any]:
+    """The parts one below the other, filled up with 0 on the right."""
+    rows = np.cumsum([0, *map(len, parts)])
+    into = np.zeros((rows[-1], max((part.shape[1] for part in parts), default=0)), dtype)
+    for first, part in zip(rows, parts, strict=False):
+        into[first : first + len(part), : part.shape[1]] = part
+    return into
 
 
 def distinct(ids: Ids, num_items: int) -> tuple[Ids, NDArray[np.int32]]:
@@ -125,23 +152,45 @@ def _read_lists(
     objects: Ids,
     empty: NDArray[np.bool_],
     most: int,
-    width: int,
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The first `most` entries of the rows' lists that are not hidden, as ids and weights [R, width], padded with 0."""
-    lists = np.zeros((rows.size, width), np.uint32)
-    result = np.zeros((rows.size, width), np.float32)
-    first_hidden = np.searchsorted(subjects, rows)
+) -> tuple[NDArray[Any], NDArray[Any], Any]:
+    """The first `most` entries of the rows' lists that are not hidden, as ids and weights [R, most], padded with 0.
+
+    Rows lie anywhere in memory: those of _AT_ONCE lists are asked for at once, and what is touched for that returned,
+    so that the compiler does not leave it out.
+    """
+    lists = np.zeros((rows.size, most), np.uint32)
+    result = np.zeros((rows.size, most), np.float32)
+    suspects = np.zeros(_SUSPECTS, np.bool_)  # most rows are told by it not to be among the subjects
+    for subject in subjects:
+        suspects[subject & (_SUSPECTS - 1)] = True
+    starts, stops, touched = np.empty(_AT_ONCE, np.int64), np.empty(_AT_ONCE, np.int64), np.float32(0)
     for r in range(rows.size):
-        start = indptr[rows[r]]
-        length = 0 if empty[r] else indptr[rows[r] + np.int64(1)] - start
+        place = r % _AT_ONCE
+        if place == 0:
+            some = min(_AT_ONCE, rows.size - r)
+            for k in range(some):
+                starts[k] = indptr[rows[r + k]]
+                stops[k] = indptr[rows[r + k] + np.int64(1)]
+            for k in range(some):
+                if starts[k] < stops[k]:
+                    last = min(starts[k] + most, stops[k]) - 1
+                    touched += neighbours[starts[k]] + weights[starts[k]] + neighbours[last] + weights[last]
+        start = starts[place]
+        length = 0 if empty[r] else stops[place] - start
         full = min(most, length)  # entries without anything hidden
+        if not suspects[rows[r] & (_SUSPECTS - 1)]:
+            for t in range(full):
+                lists[r, t] = neighbours[start + t]
+                result[r, t] = weights[start + t]
+            continue
+        first_hidden = np.searchsorted(subjects, rows[r])
         total = 0.0
         used = 0
         for t in range(length):
             if used == most:
                 break
             shown = True
-            place = first_hidden[r]
+            place = first_hidden
             while place < subjects.size and subjects[place] == rows[r]:
                 shown &= objects[place] != neighbours[start + t]
                 place += 1
@@ -153,26 +202,21 @@ def _read_lists(
         if used < full and total > 0:
             for t in range(used):
                 result[r, t] = np.float32(result[r, t] / total)
-    return lists, result
+    return lists, result, touched
 
 
 @njit(nogil=True, cache=True)
 def _renumber(known: Ids, lists: Ids, weights: NDArray[Any], num_items: int) -> tuple[NDArray[Any], NDArray[Any]]:
     """Positions of the lists' ids in (known, then the new ones as they appear): (all ids, positions).
 
-    Entries of weight 0 add no id and get position 0. One open-addressing hash table, no sort.
+    Entries of weight 0 add no id and get position 0. One open-addressing hash table, no sort; it grows with what is
+    found, as most entries repeat another.
     """
-    most = min(known.size + lists.size, num_items)
-    bits = 4
-    while (1 << bits) < 2 * most:
-        bits += 1
-    slots = np.full(1 << bits, -1, np.int32)
-    ids = np.empty(most, np.uint32)
+    ids = np.empty(min(known.size + lists.size, num_items), np.uint32)
     numbers = np.zeros(lists.shape, np.int32)
     count = known.size
-    for number in range(count):
-        ids[number] = known[number]
-        slots[_slot_of(known[number], slots, ids)] = number
+    ids[:count] = known
+    slots = _slots_of(ids[:count])
     for r in range(lists.shape[0]):
         for t in range(lists.shape[1]):
             if weights[r, t] == 0:
@@ -182,8 +226,24 @@ def _renumber(known: Ids, lists: Ids, weights: NDArray[Any], num_items: int) -> 
                 slots[slot] = count
                 ids[count] = lists[r, t]
                 count += 1
+                if 2 * count > slots.size:
+                    numbers[r, t] = count - 1
+                    slots = _slots_of(ids[:count])
+                    continue
             numbers[r, t] = slots[slot]
     return ids[:count].copy(), numbers
+
+
+@njit(nogil=True, cache=True)
+def _slots_of(ids: Ids) -> NDArray[Any]:
+    """A hash table of distinct ids' positions, with room for as many more."""
+    bits = 4
+    while (1 << bits) < 4 * ids.size:
+        bits += 1
+    slots = np.full(1 << bits, -1, np.int32)
+    for number in range(ids.size):
+        slots[_slot_of(ids[number], slots, ids)] = number
+    return slots
 
 
 @njit(nogil=True, cache=True)

@@ -12,15 +12,18 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
 from model.loss import Members
+from model.minibatch import Blocks
 from pipeline.contracts.config import CurriculumRow
 
 AHEAD = 2
@@ -33,7 +36,8 @@ class Batch:
     """One step's input: blocks as tensors, and who is who among the seeds, of which every item is one.
 
     features are of all nodes, or, with places, of those nodes alone whose features are not kept on the device: places
-    are these nodes' numbers, and slots [nodes] where the others' features are kept.
+    are these nodes' numbers, and slots [nodes] where the others' features are kept. index and weights are as in
+    Blocks, or, with widths, hop after hop without what fills rows up: hop h's rows have widths[h] entries.
     """
 
     sizes: tuple[int, ...]
@@ -45,32 +49,48 @@ class Batch:
     row: CurriculumRow
     places: Tensor | None = None
     slots: Tensor | None = None
+    widths: tuple[int, ...] = ()
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with every tensor changed."""
         changed: dict[str, Any] = {name: change(part) for name, part in vars(self).items() if isinstance(part, Tensor)}
         return replace(self, members=Members(*map(change, self.members)), **changed)
 
+    def filled_up(self) -> Batch:
+        """The batch with index and weights as in Blocks."""
+        rows = [size - inner for inner, size in pairwise((0, *reversed(self.sizes[1:])))]
+
+        def whole(entries: Tensor) -> Tensor:
+            hops = entries.split([count * width for count, width in zip(rows, self.widths, strict=True)])
+            shaped = (hop.view(-1, width) for hop, width in zip(hops, self.widths, strict=True))
+            return torch.cat([F.pad(hop, (0, max(self.widths) - hop.shape[1])) for hop in shaped])
+
+        return replace(self, index=whole(self.index), weights=whole(self.weights), widths=())
+
 
 class Kept:
-    """The features of the items that are most often a neighbour, on the device, up to so many bytes."""
+    """The features of the items that are most often a neighbour, on the device, up to so many bytes.
+
+    Memory here: 4 bytes an item of the catalogue.
+    """
 
     def __init__(
         self, features: NDArray[Any], neighbours: NDArray[np.uint32], num_bytes: int, device: torch.device
     ) -> None:
         row_bytes = features.shape[1] * features.dtype.itemsize
-        self._ids = commonest(neighbours, len(features), num_bytes // max(1, row_bytes))
-        self._features = torch.from_numpy(features[self._ids]).to(device)
+        ids = commonest(neighbours, len(features), num_bytes // max(1, row_bytes))
+        self._features = torch.from_numpy(features[ids]).to(device)
+        self._slots = np.full(len(features), -1, np.int32)
+        self._slots[ids] = np.arange(len(ids))
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self._features)
 
     def split(self, ids: NDArray[np.uint32], own: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(places, slots) of a batch's nodes; the nodes of the numbers own are sent, whatever is kept."""
-        slots = np.searchsorted(self._ids, ids).clip(max=len(self) - 1)
-        is_kept = self._ids[slots] == ids
-        is_kept[own] = False
-        return np.flatnonzero(~is_kept), np.where(is_kept, slots, 0)
+        slots = self._slots.take(ids).astype(np.int64)
+        slots[own] = -1
+        return np.flatnonzero(slots < 0), np.maximum(slots, 0)
 
     def whole(self, batch: Batch) -> Batch:
         """The batch, on the device, with the features of all its nodes."""
@@ -114,6 +134,23 @@ class Carrier:
         self.waited_seconds = self.copied_seconds = 0.0
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+        """An array that the device can fetch by itself: what is written there need not be copied for it again."""
+        if self._stream is None:
+            return np.empty(shape, dtype)
+        kind = torch.from_numpy(np.empty(0, dtype)).dtype
+        return torch.empty(shape, dtype=kind, pin_memory=True).numpy()
+
+    def lists(self, blocks: Blocks) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+        """A batch's index, weights and widths: as short as they can be, where they are sent."""
+        if self._stream is None or not blocks.hops or not all(hop.index.size for hop in blocks.hops):
+            return torch.from_numpy(blocks.index), torch.from_numpy(blocks.weights), ()
+        total = sum(hop.index.size for hop in blocks.hops)
+        index, weights = self.empty((total,), np.int32), self.empty((total,), np.float32)
+        np.concatenate([hop.index.reshape(-1) for hop in blocks.hops], out=index)
+        np.concatenate([hop.weights.reshape(-1) for hop in blocks.hops], out=weights)
+        return torch.from_numpy(index), torch.from_numpy(weights), tuple(hop.index.shape[1] for hop in blocks.hops)
+
     def prepared(self, batch: Batch) -> Batch:
         """The batch as the device can fetch it by itself; may run in any thread."""
         return batch if self._stream is None else batch.map(Tensor.pin_memory)
@@ -124,6 +161,7 @@ class Carrier:
 
     def _moved(self, batch: Batch) -> Batch:
         moved = batch.map(lambda tensor: tensor.to(self.device, non_blocking=True))
+        moved = moved.filled_up() if moved.widths else moved
         return moved if self.kept is None else self.kept.whole(moved)
 
     def _wait(self, batches: Iterator[Future[Batch]]) -> Iterator[Batch]:
@@ -140,25 +178,25 @@ class Carrier:
         """Events mark when each copy begins and ends, and when each step can begin and has ended."""
         current = torch.cuda.current_stream(self.device)
         ended: torch.cuda.Event | None = None
-        queued: deque[tuple[torch.cuda.Event, ...]] = deque()
+        queued: deque[tuple[Batch, tuple[torch.cuda.Event, ...]]] = deque()
         for future in batches:
-            batch = future.result()
+            sent = future.result()  # its memory must not be used again before the copy has ended
             if len(queued) == AHEAD:
-                self._account(queued.popleft())
+                self._account(queued.popleft()[1])
             copying, copied, ready, done = (torch.cuda.Event(enable_timing=True) for _ in range(4))
             with torch.cuda.stream(stream):
                 copying.record(stream)
-                batch = self._moved(batch)
+                batch = self._moved(sent)
                 copied.record(stream)
             current.wait_event(copied)
             ready.record(current)
             batch.map(partial(_used_by, current))
             yield batch
             done.record(current)
-            queued.append((copying, copied, ended or ready, ready, done))
+            queued.append((sent, (copying, copied, ended or ready, ready, done)))
             ended = done
         while queued:
-            self._account(queued.popleft())
+            self._account(queued.popleft()[1])
 
     def _account(self, events: tuple[torch.cuda.Event, ...]) -> None:
         """Wait for a step to end, and add up what it waited and copied."""

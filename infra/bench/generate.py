@@ -27,6 +27,7 @@ import math
 import multiprocessing
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from infra.bench.measure import in_threads, num_cores
 from pipeline.mixing import GOLDEN, mix
 from pipeline.walk_kernel import BipartiteGraph, degree_ranks
 
@@ -121,9 +123,16 @@ def graph(num_items: int, num_users: int, num_edges: int, seed: int = 0) -> Bipa
     ids = np.random.default_rng(seed).permutation(num_items).astype(np.uint32)
     user_indptr = np.concatenate([[0], np.cumsum(lengths)])
     user_items = np.empty(user_indptr[-1], np.uint32)
-    _draw_items(0, lengths, num_items, catalogue.num_topics, 1, _spread(num_items), np.uint64(seed), user_items)
-    _shuffle_rows(user_indptr, user_items, np.uint64(seed))
-    user_items = ids[user_items]
+
+    def draw(users: NDArray[np.int64]) -> None:
+        if len(users):
+            first, stop = int(users[0]), int(users[-1]) + 1
+            rows, some = lengths[first:stop], user_items[user_indptr[first] : user_indptr[stop]]
+            _draw_items(first, rows, num_items, catalogue.num_topics, 1, _spread(num_items), np.uint64(seed), some)
+            _shuffle_rows(first, rows, some, np.uint64(seed))
+            some[:] = ids[some]
+
+    in_threads(draw, np.arange(num_users), num_cores())
     item_indptr, item_users = transpose(user_indptr, user_items, num_items)
     return make_graph(item_indptr, item_users, user_indptr, user_items)
 
@@ -252,31 +261,41 @@ def _moments_and_events(first_user: Any, lengths: Any, seed: Any, moments: Any, 
 
 
 @numba.njit(cache=True, nogil=True)
-def _shuffle_rows(indptr: Any, values: Any, seed: Any) -> None:
+def _shuffle_rows(first_row: Any, lengths: Any, values: Any, seed: Any) -> None:
     """Fisher and Yates in every row: later draws met more repeats, so drawing order favours the popular."""
-    for row in range(len(indptr) - 1):
-        stream = _stream(seed, ITEM, row)
-        for k in range(indptr[row + 1] - indptr[row] - 1, 0, -1):
-            other = indptr[row] + np.int64(mix(stream + np.uint64(k) * GOLDEN) % np.uint64(k + 1))
-            values[indptr[row] + k], values[other] = values[other], values[indptr[row] + k]
+    start = 0
+    for row in range(len(lengths)):
+        stream = _stream(seed, ITEM, first_row + row)
+        for k in range(lengths[row] - 1, 0, -1):
+            other = start + np.int64(mix(stream + np.uint64(k) * GOLDEN) % np.uint64(k + 1))
+            values[start + k], values[other] = values[other], values[start + k]
+        start += lengths[row]
 
 
 def transpose(
     indptr: NDArray[np.int64], values: NDArray[np.uint32], num_columns: int
 ) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
-    """Rows to columns by counting: indptr [num_columns + 1] and row numbers, ascending in each column."""
+    """Rows to columns by counting: indptr [num_columns + 1] and row numbers, ascending in each column.
+
+    Every core reads all values and writes the columns of its own.
+    """
     upto = np.concatenate([[0], np.cumsum(np.bincount(values, minlength=num_columns))])
-    rows = np.empty(len(values), np.uint32)
-    _transpose(indptr, values, upto[:-1].copy(), rows)
+    rows, place, cores = np.empty(len(values), np.uint32), upto[:-1].copy(), num_cores()
+    cuts = np.searchsorted(upto, np.linspace(0, len(values), cores + 1)[1:-1]).clip(max=num_columns)
+    bounds = [0, *cuts.tolist(), num_columns]
+    with ThreadPoolExecutor(cores) as pool:
+        list(pool.map(lambda low, high: _transpose(indptr, values, low, high, place, rows), bounds, bounds[1:]))
     return upto, rows
 
 
 @numba.njit(cache=True, nogil=True)
-def _transpose(indptr: Any, values: Any, place: Any, rows: Any) -> None:
+def _transpose(indptr: Any, values: Any, low: Any, high: Any, place: Any, rows: Any) -> None:
+    """Of the columns from low to high alone."""
     for row in range(len(indptr) - 1):
         for k in range(indptr[row], indptr[row + 1]):
-            rows[place[values[k]]] = row
-            place[values[k]] += 1
+            if low <= values[k] < high:
+                rows[place[values[k]]] = row
+                place[values[k]] += 1
 
 
 @numba.njit(cache=True, nogil=True)

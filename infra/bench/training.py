@@ -12,8 +12,10 @@ negatives that are not checked against the pairs. Not counted for ours: making t
 Everyone goes in turn, some steps each, after steps that are not counted; ratios are medians over the rounds. Growth is
 the cost of a pair in a catalogue of 10 million items by that of 100 000, of the same generator, with features in the
 page cache and read once; with task.training.consecutive_pairs 1, the default, and 16. `--device cuda` measures only
-training on a GPU: 10 million items, 50 x 10 neighbours, 256 dimensions. With other sizes (--quick, --items, --large)
-the keys keep their names, and `sizes` tells.
+training on a GPU: 10 million items, 50 x 10 neighbours, 256 dimensions, all cores but two preparing batches, and where
+the device's time goes; rounds are long enough that what was prepared before one is nothing in it (--rounds 3 --steps
+100). It takes 20 GB of disk and memory each; TMPDIR says where. With other sizes (--quick, --items, --large) the keys
+keep their names, and `sizes` tells.
 
 The last line is one JSON object. A peer that is not installed is left out, and its figures are null.
 """
@@ -26,9 +28,9 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,7 +51,16 @@ from model.loader import Loader, Position
 from model.trainer import Trainer, emulates_bfloat16
 from pipeline.contracts import schemas
 from pipeline.contracts.config import TrainingResources, parse_settings
-from pipeline.contracts.datasets import Lineage, Shard, commit, lists_to_arrow, vectors_to_arrow, write_shard
+from pipeline.contracts.datasets import (
+    Lineage,
+    Shard,
+    commit,
+    lists_to_arrow,
+    open_manifest,
+    vectors_to_arrow,
+    write_shard,
+)  # fmt: skip
+from pipeline.contracts.replica import map_lists, map_vectors
 from pipeline.contracts.storage import Storage
 from pipeline.exact_kernel import exact_neighbours
 from pipeline.walk_kernel import BipartiteGraph
@@ -60,9 +71,12 @@ IN_A_ROW = 16
 """Pairs that are shuffled as one, in the second way that growth is measured."""
 WARM_UP = 3
 """Steps before each timed stretch: the loader's thread is then as far ahead as it is at its end."""
-SHARD_ITEMS = 500_000
+SHARD_ITEMS, PAGE_BYTES = 50_000, 4096
+KERNELS = 16
+"""So many of a device's kernels are shown, by their time."""
 LOADED = ": others were running: repeat it"
 LINEAGE = Lineage("bench", {}, {})
+LISTS = ("neighbours", "weights")
 KEYS = (
     "pairs_per_s_vs_dgl_t10", "pairs_per_s_vs_dgl_t50", "pairs_per_s_vs_dgl_layers_t50", "pairs_per_s_bf16_vs_float32",
     "data_wait_share", "growth_100k_to_10m", "growth_in_rows", "growth_from_singles_to_rows", "rows_vs_singles_10m",
@@ -87,46 +101,41 @@ class World:
 
 
 def write_run(folder: Path, graph: BipartiteGraph, world: World) -> None:
-    """Store what training reads: random features, exact neighbours, pairs; no hard negatives and no questions."""
-    storage, random = Storage(str(folder / "run")), np.random.default_rng(world.seed)
+    """Store what training reads: random features, exact neighbours, pairs; no hard negatives and no questions.
+
+    Shards are made by threads, one for every core; each holds what one shard is.
+    """
+    storage = Storage(str(folder / "run"))
     shards: dict[schemas.Dataset, list[Shard]] = {
         schemas.FEATURES: [], schemas.NEIGHBOURS: [], schemas.HARD_NEGATIVES: [], schemas.PAIRS: [],
         schemas.QUESTIONS: [],
     }  # fmt: skip
 
-    def add(dataset: schemas.Dataset, **columns: pa.Array) -> None:
-        shards[dataset].append(write_shard(storage, dataset, len(shards[dataset]), pa.table(columns), LINEAGE))
+    def add(dataset: schemas.Dataset, number: int, **columns: pa.Array) -> None:
+        shards[dataset].append(write_shard(storage, dataset, number, pa.table(columns), LINEAGE))
 
     def empty_lists(count: int) -> pa.Array:
         return lists_to_arrow(np.zeros(count + 1, np.int64), np.zeros(0, np.uint32))
 
-    find = partial(exact_neighbours, graph, num_neighbours=world.neighbours, entry_budget=BUDGET)
-    for first in range(0, world.items, SHARD_ITEMS):
-        items = np.arange(first, min(first + SHARD_ITEMS, world.items))
-        ids = pa.array(items, pa.uint32())
+    def write(number: int) -> None:
+        items = np.arange(number * SHARD_ITEMS, min((number + 1) * SHARD_ITEMS, world.items))
+        ids, random = pa.array(items, pa.uint32()), np.random.default_rng((world.seed, number))
         features = random.integers(-110, 111, (len(items), world.width), np.int8) / np.float16(64)  # deviation 1.0
-        found = measure.in_threads(find, items, measure.num_cores())
-        neighbours, scores, lengths = (np.concatenate(column) for column in zip(*found, strict=True))
+        neighbours, scores, lengths = exact_neighbours(graph, items, world.neighbours, BUDGET)
         kept = np.arange(world.neighbours) < lengths[:, None]
         weights = (scores / np.maximum(scores.sum(axis=1, keepdims=True), 1)).astype(np.float32)
         indptr = np.concatenate([[0], np.cumsum(lengths)])
-        add(schemas.FEATURES, id=ids, features=vectors_to_arrow(features))
-        add(
-            schemas.NEIGHBOURS,
-            id=ids,
-            neighbours=lists_to_arrow(indptr, neighbours[kept]),
-            weights=lists_to_arrow(indptr, weights[kept]),
-        )
-        add(schemas.HARD_NEGATIVES, id=ids, negatives=empty_lists(len(items)))
-    query, positive = draw_pairs(graph, world.pairs, random)
-    nobody = pa.array(np.zeros(0, np.uint32))
-    add(
-        schemas.PAIRS,
-        query=pa.array(query),
-        positive=pa.array(positive),
-        timestamp=pa.array(np.zeros(len(query), np.int64)),
-    )
-    add(schemas.QUESTIONS, query=nobody, target=nobody, seen=empty_lists(0))
+        add(schemas.FEATURES, number, id=ids, features=vectors_to_arrow(features))
+        columns = (lists_to_arrow(indptr, values[kept]) for values in (neighbours, weights))
+        add(schemas.NEIGHBOURS, number, id=ids, **dict(zip(LISTS, columns, strict=True)))
+        add(schemas.HARD_NEGATIVES, number, id=ids, negatives=empty_lists(len(items)))
+
+    with ThreadPoolExecutor(measure.num_cores()) as pool:
+        list(pool.map(write, range(-(-world.items // SHARD_ITEMS))))
+    query, positive = draw_pairs(graph, world.pairs, np.random.default_rng(world.seed))
+    nobody, times = pa.array(np.zeros(0, np.uint32)), pa.array(np.zeros(len(query), np.int64))
+    add(schemas.PAIRS, 0, query=pa.array(query), positive=pa.array(positive), timestamp=times)
+    add(schemas.QUESTIONS, 0, query=nobody, target=nobody, seen=empty_lists(0))
     statistics = {"mean": [0.0] * world.width, "std": [1.0] * world.width, "columns": []}
     for dataset, written in shards.items():
         commit(storage, dataset, written, LINEAGE, statistics if dataset is schemas.FEATURES else None)
@@ -227,10 +236,9 @@ class Ours:
 
     def touch(self) -> None:
         """Map every page of features and neighbours, as the first epoch would."""
-        for first in range(0, self.loader.num_items, SHARD_ITEMS):
-            items = np.arange(first, min(first + SHARD_ITEMS, self.loader.num_items), dtype=np.uint32)
-            self.loader.features(items)
-            self.loader.lists(first, first + len(items))
+        table = self.loader._table
+        for array in (self.loader._features, table.indptr, table.neighbours, table.weights):
+            array.reshape(-1).view(np.uint8)[::PAGE_BYTES].max()
 
     def _finish(self) -> None:
         """Wait for what is queued on a GPU."""
@@ -244,7 +252,8 @@ class Ours:
             self.trainer.step(*next(batches))
         self._finish()
         self.clock.seconds.clear()
-        waited, nodes = self.loader.carrier.waited_seconds, []
+        carrier, nodes = self.loader.carrier, []
+        waited, copied = carrier.waited_seconds, carrier.copied_seconds
         began, processor = time.perf_counter(), time.process_time()
         for _ in range(num_steps):
             position, batch = next(batches)
@@ -252,8 +261,8 @@ class Ours:
             nodes.append(batch.sizes)
         self._finish()
         seconds, processor = time.perf_counter() - began, time.process_time() - processor
-        waiting = (self.loader.carrier.waited_seconds - waited) / seconds
-        parts = self.clock.means()
+        waiting = (carrier.waited_seconds - waited) / seconds
+        parts = self.clock.means() | {"copying": (carrier.copied_seconds - copied) / num_steps}
         batches.close()  # type: ignore[attr-defined]
         self.position = self.loader.after(position)
         parts["backward"] = parts.pop("step") - parts["forward and loss"] - parts["optimizer"]
@@ -447,10 +456,20 @@ def measure_speed(folder: Path, world: World, batch: int, rounds: int, steps: in
 
 
 def made(folder: Path, world: World) -> Path:
-    """A run folder of the world, of which only the graph is ever beside another's."""
+    """A run folder of the world, of which only the graph is ever beside another's, with the copies a loader maps."""
     here, began = folder / f"{world.items}", time.perf_counter()
-    write_run(here, world.graph(), world)
-    print(f"{world.items:,} items made in {time.perf_counter() - began:.0f} s", flush=True)
+    graph = world.graph()
+    drawn = time.perf_counter()
+    write_run(here, graph, world)
+    written, storage = time.perf_counter(), Storage(str(here / "run"))
+    lists, vectors = (open_manifest(storage, dataset) for dataset in (schemas.NEIGHBOURS, schemas.FEATURES))
+    with ThreadPoolExecutor(3) as pool:
+        copies: list[Any] = [pool.submit(map_lists, storage, lists, column, str(here / "cache")) for column in LISTS]
+        copies.append(pool.submit(map_vectors, storage, vectors, "features", str(here / "cache")))
+        for copy in copies:
+            copy.result()
+    parts = np.diff([began, drawn, written, time.perf_counter()]).round().astype(int).tolist()
+    print(f"{world.items:,} items made in {sum(parts)} s: graph {parts[0]}, datasets {parts[1]}, copies {parts[2]}")
     return here
 
 
@@ -492,15 +511,31 @@ def measure_device(
     for name, training, kept in (
         ("float32", {}, None),
         ("bfloat16", {"precision": "bfloat16"}, None),
+        ("float32, features kept", {}, "8g"),
         ("bfloat16, features kept", {"precision": "bfloat16"}, "8g"),
     ):
-        resources = {"workers": max(1, measure.num_cores() // 2), "prefetch": 16, "device_features": kept}
+        resources = {"workers": max(1, measure.num_cores() - 2), "prefetch": 16, "device_features": kept}
         ours = Ours(here, batch, world.seed, model, training, group, resources)
         ours.touch()
         cases[name] = Case(ours.round, steps)
     results = show("device", alternate(cases, rounds), batch)
+    if group.device.type == "cuda":
+        show_kernels(name, cases[name])
+        print(f"memory of the device at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     best = max(results.values(), key=lambda each: float(each["pairs_per_s"]))
     return {"device": results, "pairs_per_s_device": best["pairs_per_s"], "device_wait_share": best["data_share"]}
+
+
+def show_kernels(name: str, case: Case) -> None:
+    """Print what the device spends a step of a case on, as its profiler says."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        case.round(case.num_steps)
+    num_steps, kernels = case.num_steps + WARM_UP, profile.key_averages()
+    total = sum(kernel.self_device_time_total for kernel in kernels)
+    print(f"\n{name}: {total / num_steps / 1e3:.2f} ms a step of kernels and copies; the longest, ms and calls a step")
+    for kernel in sorted(kernels, key=lambda kernel: -kernel.self_device_time_total)[:KERNELS]:
+        spent, calls = kernel.self_device_time_total / num_steps / 1e3, kernel.count / num_steps
+        print(f"{spent:10.2f}{calls:7.1f}  {kernel.key[:100]}")
 
 
 def run(
@@ -511,6 +546,8 @@ def run(
     device: measure only how fast it trains in the large catalogue.
     """
     about, cores = measure.machine(), measure.num_cores()
+    if device == "cuda" and torch.cuda.is_available():
+        about |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     print("\n".join(f"{name:12} {value}" for name, value in about.items()), flush=True)
     world, results = World(items, 50, OUTPUTS, pairs, seed), dict.fromkeys(KEYS)
     resources = TrainingResources.model_validate({"threads": cores, "device": device or "cpu"})
@@ -548,6 +585,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     sizes = {"items": 100_000, "large": 10_000_000, "batch": 2048, "rounds": 5, "steps": 4, "pairs": 500_000}
+    if given.device == "cuda":
+        sizes |= {"rounds": 3, "steps": 100}
     if given.quick:
         sizes = {"items": 20_000, "large": 200_000, "batch": 512, "rounds": 2, "steps": 4, "pairs": 50_000}
     sizes |= {name: value for name, value in vars(given).items() if name in sizes and value}

@@ -663,7 +663,7 @@ class TrainingResources(Section):
     prefetch: PositiveInt = 4
     """Batches prepared ahead of the device."""
     workers: PositiveInt = 1
-    """Threads of each rank that prepare batches; where the device is a GPU, one is too few."""
+    """Threads of each rank that prepare batches; where the device is a GPU, one is too few: 14 fed an H200."""
     device_features: ByteSize | None = None
     """Memory of each GPU, such as 8g, for the features of the items that are most often a neighbour: they are not sent
     again with every batch. None: all are sent."""

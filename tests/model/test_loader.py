@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -259,6 +260,27 @@ def test_features_kept_on_the_device_make_the_same_batches(make_run: MakeRun, nu
     others = Loader(plain.storage, plain.settings).batches(Position(1, 0), Position(2, 0))
     assert all(equal(batch, other) for batch, (_, other) in zip(batches, others, strict=True))
     assert all(count < batch.sizes[0] for count, batch in zip(sent, batches, strict=True)) == (num_kept >= 1)
+
+
+@pytest.mark.parametrize(("num_layers", "fan_outs"), [(2, [2, 5]), (2, [5, 5]), (3, [1, 2, 4]), (1, None)])
+def test_lists_sent_hop_after_hop_fill_up_to_the_same_batch(
+    make_run: MakeRun, num_layers: int, fan_outs: list[int] | None
+) -> None:
+    """As a GPU gets them."""
+    run = make_run(model={"num_layers": num_layers, "fan_outs": fan_outs})
+    loader = Loader(run.storage, run.settings)
+    batch, seeds = loader.batch(1, 0), np.array([5, 3, 8], np.uint32)
+    blocks = loader.blocks(seeds, seeds[:1], seeds[1:2])
+    index, weights = (
+        torch.from_numpy(np.concatenate([getattr(hop, name).reshape(-1) for hop in blocks.hops]))
+        for name in ("index", "weights")
+    )
+    widths = tuple(hop.index.shape[1] for hop in blocks.hops)
+    sent = replace(batch, sizes=blocks.sizes, index=index, weights=weights, widths=widths)
+    assert len(widths) == num_layers
+    assert sent.filled_up().widths == ()
+    assert torch.equal(sent.filled_up().index, torch.from_numpy(blocks.index))
+    assert torch.equal(sent.filled_up().weights, torch.from_numpy(blocks.weights))
 
 
 def test_the_commonest_neighbours_are_counted() -> None:

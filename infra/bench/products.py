@@ -1,0 +1,81 @@
+"""Rows a second of an exported layer's products, on the CPU with all cores and on a GPU, in both precisions.
+
+    python -m infra.bench.products            # half a minute; --rows 100000
+
+What `task.inference.precision` and `resources.inference.device` choose between: arrays of float32 go to the device and
+come back with every call, as Spark's tasks have them. Features 384, messages 512, embeddings 256. `alone` are the same
+products on tensors that are there already. Every result is compared with the CPU's in float32; figures are medians.
+The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+
+from infra.bench import measure
+from model.export import load_exported
+from model.pinsage import PinSage
+from pipeline.contracts.config import Model
+
+FEATURES, HIDDEN, OUTPUTS, ROUNDS = 384, 512, 256, 7
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
+"""Of the largest value."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=100_000, help="of a call: a shard's")
+    rows = parser.parse_args().rows
+    torch.set_num_threads(measure.num_cores())
+    settings = Model(num_layers=1, hidden_dimensions=HIDDEN, output_dimensions=OUTPUTS)
+    model = PinSage(FEATURES, settings, seed=1).eval()
+    description = {"num_features": FEATURES, "num_items": rows, "model": settings.model_dump(mode="json")}
+    weights, random = safetensors.torch.save(dict(model.state_dict())), np.random.default_rng(0)
+    h, pooled = (random.standard_normal((rows, width), np.float32) for width in (FEATURES, HIDDEN))
+    calls: dict[str, tuple[Any, ...]] = {"project": (h,), "combine": (h, pooled)}
+    about, found, expected = measure.machine(), [], dict[str, Any]()
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    names = [torch.cuda.get_device_name()] if devices[1:] else []
+    print(f"{about['date']}, {about['cpu']}, {about['cores']} cores, {about['versions']['torch']}", *names)
+    print(f"{'':28}{'rows/s':>14}{'alone':>16}{'difference':>14}")
+    for device in devices:
+        for precision, tolerance in TOLERANCE.items():
+            network = load_exported(weights, description)
+            network.set_place(precision, lambda device=device: device)  # type: ignore[misc]
+            convolution: Any = model.to(device).convolutions[0]
+            for name, arrays in calls.items():
+                result = getattr(network, name)(0, *arrays)
+                reference = expected.setdefault(name, result)
+                difference = float(np.abs(result - reference).max() / np.abs(reference).max())
+                assert difference <= tolerance, f"{name} on {device} in {precision} differs by {difference}"
+                speed = rows / seconds(device, lambda: getattr(network, name)(0, *arrays))  # noqa: B023
+                there = [torch.from_numpy(array).to(device) for array in arrays]
+                with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
+                    alone = rows / seconds(device, lambda: getattr(convolution, name)(*there))  # noqa: B023
+                found.append({"call": name, "device": device, "precision": precision, "rows_per_s": speed})
+                found[-1] |= {"rows_per_s_alone": alone, "difference": difference}
+                print(f"{name + ' ' + device + ' ' + precision:28}{speed:14,.0f}{alone:16,.0f}{difference:14.1e}")
+    print(json.dumps({"products": found, "rows": rows, "machine": about, "gpu": names}))
+
+
+def seconds(device: str, work: Any) -> float:
+    """Median time of a call, the device's work included, after one that is not counted."""
+    spent = []
+    for _ in range(ROUNDS + 1):
+        began = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        spent.append(time.perf_counter() - began)
+    return float(np.median(spent[1:]))
+
+
+if __name__ == "__main__":
+    main()
