@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -117,6 +118,8 @@ def look(_):
     import sys, faiss, numba, pipeline.index, sklearn
     yield f"{sys.flags.no_site} {numba.__file__} {sklearn.__file__} {pipeline.index.__file__}"
 print("probe:", *SparkSession.builder.getOrCreate().sparkContext.parallelize([0], 1).mapPartitions(look).collect())
+from jobs.stage import main
+main("ingest")
 """
 
 
@@ -131,18 +134,17 @@ def test_executors_need_no_package_of_their_host(tmp_path: Path) -> None:
     kept = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
     hosts_python = f"{sys.base_prefix}/bin:{kept['PATH']}"
     with standalone_cluster(tmp_path / "cluster", num_workers=1) as master:
-        for job in ([str(ROOT / "jobs" / "ingest.py"), "--settings", str(settings)], [str(probe)]):
-            command = [
-                *SUBMIT, "--master", master, "--py-files", str(package), "--archives", f"{archive}#env",
-                "--conf", "spark.pyspark.python=./env/bin/python",
-                "--conf", f"spark.pyspark.driver.python={sys.executable}",
-                "--conf", f"spark.executorEnv.PATH={hosts_python}", *job,
-            ]  # fmt: skip
-            _run(command, {**kept, "PYTHONSAFEPATH": "1"}, tmp_path, None)
+        command = [
+            *SUBMIT, "--master", master, "--py-files", str(package), "--archives", f"{archive}#env",
+            "--conf", "spark.pyspark.python=./env/bin/python",
+            "--conf", f"spark.pyspark.driver.python={sys.executable}",
+            "--conf", f"spark.executorEnv.PATH={hosts_python}", str(probe), "--settings", str(settings),
+        ]  # fmt: skip
+        _run(command, {**kept, "PYTHONSAFEPATH": "1"}, tmp_path, None)
     said = next(line for line in (tmp_path / "submitted.log").read_text().splitlines() if line.startswith("probe:"))
     no_site, *files = said.removeprefix("probe: ").split()
     assert no_site == "1", "nothing that is installed on the host is seen"
-    assert [file.partition("/0/")[2] for file in files] == [
+    assert [re.sub(r"^(\.|.*/worker-0/app-[^/]*/\d+)/", "", file) for file in files] == [
         "env/lib/numba/__init__.py", "env/lib/sklearn/__init__.py", "pinsage.zip/pipeline/index.py",
     ]  # fmt: skip
     assert open_manifest(Storage(str(tmp_path / "run")), schemas.INTERACTIONS).num_rows == 1440
