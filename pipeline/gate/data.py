@@ -304,6 +304,6 @@ def check_copied_days(tonight: Mapping[int, Day] | None, live: Mapping[int, Day]
 
 def _moment(seconds: int) -> str:
     try:
-        return f"{datetime.datetime.fromtimestamp(seconds, datetime.UTC):%Y-%m-%d %H:%M} UTC"
+        return f"{datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc):%Y-%m-%d %H:%M} UTC"
     except (ValueError, OverflowError, OSError):
         return f"second {seconds:,}"

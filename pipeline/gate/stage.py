@@ -56,7 +56,7 @@ def judge(
     """
     tonight, gate, seed = Run.open(storage, settings), settings.task.gate, settings.task.seed
     before = None if live is None else Run.open(live, settings)
-    night = night or date_in(tonight.name) or datetime.datetime.now(datetime.UTC).date()
+    night = night or date_in(tonight.name) or datetime.datetime.now(datetime.timezone.utc).date()
     metrics = tonight.tree("evaluation", "metrics.json")
     now, old = _input(tonight), None if before is None else _input(before)
     earlier = [past for past in history if past.get("night") and past["night"] < night.isoformat()]
