@@ -50,4 +50,5 @@ def test_every_path_it_names_exists() -> None:
 
 
 def test_no_figure_is_left_open() -> None:
-    assert not re.findall(r"\b[A-Z]+_[A-Z]+\b", TEXT.replace("ITEM_KEY", ""))
+    named = {"ITEM_KEY", "PINSAGE_WEBHOOK"}
+    assert not set(re.findall(r"\b[A-Z]+_[A-Z]+\b", TEXT)) - named
