@@ -89,7 +89,9 @@ def test_a_browser_draws_it(tmp_path: Path) -> None:
     command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     asked = ["--force-color-profile=srgb", "--window-size=1180,2400", f"--screenshot={picture}", address]
     subprocess.run([*command, *asked], check=True, capture_output=True, timeout=120)
-    colours = sorted(count for count, _ in Image.open(picture).convert("RGB").getcolors(1 << 24))
+    found = Image.open(picture).convert("RGB").getcolors(1 << 24)
+    assert found is not None
+    colours = sorted(count for count, _ in found)
     assert colours[-1] > 0.5 * sum(colours), "mostly paper"
     assert len(colours) > 100, "and letters, curves, a map"
 
