@@ -1,19 +1,17 @@
-"""Thirty simulated nights of a real shop, five of them planted bad; and nights under random faults.
+"""Thirty simulated nights of a real shop, five of them planted bad; and what a night costs that has little new.
 
     python -m infra.bench.nights                  # thirty weeks of the bundled Online Retail data, a night each
-    python -m infra.bench.nights --faults 200     # first undisturbed, then with faults, beside a reader that polls
+    python -m infra.bench.nights --cost           # a night with 1 % new events against a night from nothing
 
 Every night is `pinsage nightly` in a process of its own: what a scheduler starts. Data comes in real order of time, a
 week's file a night. Bad nights: half of a week's events missing; the catalogue's texts and prices gone; a model that
 learned nothing; a week dated a year ahead; last week's file delivered again as this week's. They are to be refused, and
 the others not; the night after has the right data again.
 
-Faults come at random moments, several a night: kill -9 of the driver, of a Spark worker, of a training rank, of the
-publisher as its release's record appears; a full disk; a shard changed or gone; a lock of another clock. After each the
-same command is typed again until the night ends. A reader opens the live release all the time: it must be whole, of one
-run, its scores those of its embeddings. In the end every release must have the bytes of the undisturbed nights'.
+`--cost` takes the demo's own settings and all its data: a night of 99 % of the events, one that adds the last 1 %, and,
+on a site of its own, one of everything from nothing; seconds of the second by those of the third, and both's quality.
 
-The last line is one JSON object: faults, broken_releases, lost_runs, and what else was counted.
+The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -22,16 +20,12 @@ import argparse
 import datetime
 import json
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,9 +44,6 @@ DAY = 86_400
 FIRST, START = datetime.date(2010, 12, 1), datetime.date(2011, 4, 3)
 """The shop's second year; the first night is that of START, a Sunday, and has all before it."""
 BAD = {6: "half the data", 11: "no content", 16: "a model that learned nothing", 21: "a year ahead", 26: "last week"}
-REFUSED, OUT_OF_TIME = 3, 4
-KINDS = ("driver", "worker", "rank", "publisher", "disk", "shard", "missing", "clock")
-_LONGEST_SECONDS = 900
 
 
 @dataclass(frozen=True)
@@ -225,273 +216,70 @@ def count_nights(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------ faults
+# ------------------------------------------------------------------------------------------------ cost
 
 
-class Faults:
-    """What goes wrong, drawn by seed; each kind does its harm to the night that is running, or lies broken off."""
-
-    def __init__(self, world: World, seed: int) -> None:
-        self.world, self.random = world, random.Random(seed)
-        self.done: Counter[str] = Counter()
-        self.ballast = world.site / ".ballast"
-        self.can_fill = os.path.ismount(world.site.parent)
-
-    def strike(self, running: subprocess.Popen[bytes], night: int, longest: float) -> None:
-        """One fault, at a random moment of the next seconds, unless the night ends before."""
-        kinds = [kind for kind in KINDS if kind != "disk" or self.can_fill]
-        kind = kinds[sum(self.done.values()) % len(kinds)]
-        if kind == "publisher":
-            record = self.world.site / "releases" / f"{self.world.date(night)}.json"
-            if not self._wait(running, _LONGEST_SECONDS, record.exists):
-                return
-        elif self._wait(running, self.random.uniform(0.5, longest), lambda: False) is None:
-            return
-        if kind == "worker":
-            harmed = self._kill(running, "pyspark.daemon")
-        elif kind == "rank":
-            harmed = self._wait(running, 60, lambda: self._kill(running, "jobs.train")) is True
-        elif kind == "disk":
-            harmed = self._fill(running)
-        else:
-            _kill_group(running)
-            harmed = True
-            if kind in ("shard", "missing"):
-                harmed = self._damage(night, kind)
-            elif kind == "clock":
-                self._jump()
-        self.done[kind if harmed else "driver"] += 1
-
-    def _wait(self, running: subprocess.Popen[bytes], seconds: float, until: Any) -> bool | None:
-        """True once until holds, False after so many seconds, None if the night ended."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            if until():
-                return True
-            if running.poll() is not None:
-                return None
-            time.sleep(0.02)
-        return False
-
-    def _kill(self, running: subprocess.Popen[bytes], what: str) -> bool:
-        """kill -9 one process of the night whose command names it."""
-        found = [pid for pid, line in _children(running.pid) if what in line]
-        if not found:
-            return False
-        with suppress(ProcessLookupError):
-            os.kill(self.random.choice(found), signal.SIGKILL)
-        return True
-
-    def _fill(self, running: subprocess.Popen[bytes]) -> bool:
-        """Take all room for some seconds."""
-        free = shutil.disk_usage(self.world.site).free
-        with open(self.ballast, "wb") as file, suppress(OSError):
-            os.posix_fallocate(file.fileno(), 0, max(1, free - 4096))
-        self._wait(running, self.random.uniform(1, 10), lambda: False)
-        self.ballast.unlink()
-        return True
-
-    def _damage(self, night: int, kind: str) -> bool:
-        """Change or delete a file of a finished dataset of tonight's run."""
-        run = self.world.site / "runs" / self.world.date(night)
-        if released(self.world, run.name):
-            return False  # a release is not ours to mend: its readers are told, see the tests of releases
-        files = [f for m in run.glob("*/_manifest.json") for f in m.parent.iterdir() if f.is_file() and f != m]
-        if not files:
-            return False
-        file = self.random.choice(sorted(files))
-        if kind == "missing":
-            file.unlink()
-            return True
-        data = bytearray(file.read_bytes())
-        if data:
-            data[self.random.randrange(len(data))] ^= 0xFF
-        file.write_bytes(data or b"x")
-        return True
-
-    def _jump(self) -> None:
-        """The lock as a host left it whose clock is a day ahead or behind."""
-        path = self.world.site / "lock.json"
-        with suppress(FileNotFoundError):
-            lock = json.loads(path.read_text())
-            ahead = self.random.choice([-DAY, DAY])
-            path.write_text(json.dumps({**lock, "beat_at": lock["beat_at"] + ahead, "taken_at": 0.0}))
-
-
-def _children(pid: int) -> list[tuple[int, str]]:
-    """All processes below one, and their command lines."""
-    listed = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
-    rows = [line.split(None, 2) for line in listed.splitlines()]
-    below, found = {pid}, []
-    for own, parent, *line in sorted(rows, key=lambda row: int(row[0])):
-        if int(parent) in below:
-            below.add(int(own))
-            found.append((int(own), line[0] if line else ""))
-    return found
-
-
-def _kill_group(running: subprocess.Popen[bytes]) -> None:
-    """kill -9 of the driver alone: what it started must notice by itself."""
-    running.send_signal(signal.SIGKILL)
-    running.wait()
-
-
-def run_faulty(world: World, faults: int, log: Path, seed: int) -> tuple[list[dict[str, Any]], Faults]:
-    """Every night with its share of the faults, typed again until it ends."""
-    harm, found, each = Faults(world, seed), [], -(-faults // world.nights)
-    for night in range(world.nights):
-        world.deliver(night)
-        began, tries, struck = time.monotonic(), 0, sum(harm.done.values())
-        code = -1
-        while code not in (0, REFUSED) and tries < each + 12:
-            tries += 1
-            with log.open("ab") as stream:
-                stream.write(f"\n=== {world.date(night)} try {tries}\n".encode())
-                running = subprocess.Popen(
-                    world.command(night), env=environment(), cwd=ROOT, stdout=stream, stderr=stream
-                )
-                if sum(harm.done.values()) - struck < each:
-                    harm.strike(running, night, longest=25.0)
-                try:
-                    code = running.wait(_LONGEST_SECONDS)
-                except subprocess.TimeoutExpired:
-                    _kill_group(running)
-        told = summary(world, night)
-        found.append(
-            {
-                "night": world.date(night), "code": code, "status": told.get("status"), "tries": tries,
-                "datasets": released(world, world.date(night)), "seconds": round(time.monotonic() - began, 1),
-            }
-        )  # fmt: skip
-        line = found[-1]
-        print(
-            f"{line['night']}  {line['status'] or 'no summary':10} {line['seconds']:6.1f} s  {tries} tries, "
-            f"{sum(harm.done.values())} faults so far: {dict(harm.done)}",
-            flush=True,
-        )
-    return found, harm
-
-
-# ------------------------------------------------------------------------------------------------ the reader
-
-
-def read_for_ever(site: str, out: Path) -> None:
-    """Open the live release again and again; a line of JSON for every look, with what was wrong."""
-    from pipeline.contracts.errors import PipelineError
-
-    rng = np.random.default_rng(0)
-    with out.open("a") as file:
-        while True:
-            try:
-                problem, release = look(site, rng)
-            except PipelineError as error:
-                problem, release = ("" if "no live release yet" in str(error) else repr(error)), ""
-            except Exception as error:
-                problem, release = repr(error), ""
-            file.write(json.dumps({"release": release, "problem": problem}) + "\n")
-            file.flush()
-            time.sleep(0.25)
-
-
-def look(site: str, rng: np.random.Generator) -> tuple[str, str]:
-    """What is wrong with the live release, and its id: scores of a search must be products of its own embeddings."""
-    from pipeline.releases.reading import Releases
-
-    with Releases(site).open() as release:
-        rows = rng.integers(release.record.num_items, size=2)
-        keys = release.index.keys.keys(rows)
-        vectors = np.stack([release.index.vector(key) for key in keys])
-        found, scores = release.index.search(vectors, 3)
-        for vector, others, told in zip(vectors, found, scores, strict=True):
-            own = [float(vector @ release.index.vector(other)) for other in others]
-            if not np.allclose(own, told, atol=0.02):
-                return f"scores {told} of {others}, products {own}", release.id
-        if release.record.datasets["model"] != release.space_id:
-            return "the space is not its model's", release.id
-        return "", release.id
-
-
-@contextmanager
-def reader(site: Path, out: Path) -> Iterator[None]:
-    """A reader that polls while the block runs."""
-    polling = subprocess.Popen(
-        [sys.executable, "-m", "infra.bench.nights", "--reader", str(site), "--log", str(out)],
-        env=environment(),
-        cwd=ROOT,
-    )
-    try:
-        yield
-    finally:
-        polling.kill()
-        polling.wait()
-
-
-# ------------------------------------------------------------------------------------------------ main
-
-
-@contextmanager
-def small_disk(folder: Path, megabytes: int) -> Iterator[None]:
-    """A disk of its own at folder, if this user may mount one, so that it can be filled; else the folder as it is."""
-    folder.mkdir(parents=True)
-    size = f"size={megabytes}m"
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", folder], capture_output=True, check=False)
-    if mounted.returncode:
-        print("the disk is not filled: this user may mount none", flush=True)
-    try:
-        yield
-    finally:
-        if not mounted.returncode:
-            subprocess.run(["umount", "-l", folder], check=False)
-
-
-def run(nights: int, items: int, faults: int, seed: int, keep: Path | None) -> dict[str, Any]:
-    """Measure, print, and return what the last line says."""
-    about = measure.machine()
-    print("\n".join(f"{name:12} {value}" for name, value in about.items()), flush=True)
-    with tempfile.TemporaryDirectory(prefix="bench-nights-") as temporary:
-        folder = keep or Path(temporary)
-        plain = World(folder / "plain", folder / "plain" / "site", nights, items)
-        plain.write()
-        bad = {} if faults else {night: kind for night, kind in BAD.items() if night < nights}
-        undisturbed = run_nights(plain, bad, folder / "nights.log", seed)
-        results: dict[str, Any] = {"undisturbed": count_nights(undisturbed), "machine": about}
-        if not faults:
-            return {**results["undisturbed"], "machine": about}
-        with small_disk(folder / "disk", 2000):
-            harmed = World(folder / "harmed", folder / "disk" / "site", nights, items)
-            harmed.write()
-            harmed.site.mkdir()
-            with reader(harmed.site, folder / "reads.jsonl"):
-                found, harm = run_faulty(harmed, faults, folder / "faults.log", seed)
-        reads = [json.loads(line) for line in (folder / "reads.jsonl").read_text().splitlines()]
-        broken = [read["problem"] for read in reads if read["problem"]]
-        for problem, times in Counter(broken).most_common(10):
-            print(f"broken, {times} times: {problem}")
-        lost = [line["night"] for line in found if line["status"] != "published"]
-        pairs = list(zip(undisturbed, found, strict=True))
-        differ = [one["night"] for one, other in pairs if one["datasets"] != other["datasets"]]
-        return results | {
-            "faults": sum(harm.done.values()), "kinds": dict(harm.done), "broken_releases": len(broken),
-            "reads": len(reads), "releases_read": len({read["release"] for read in reads if read["release"]}),
-            "lost_runs": len(lost), "nights": nights, "different_from_undisturbed": differ,
-            "tries": sum(line["tries"] for line in found),
-        }  # fmt: skip
+def measure_cost(folder: Path) -> dict[str, Any]:
+    """A night that adds one event in a hundred, by a night of all of them from nothing."""
+    events = pq.read_table(DEMO / "interactions.parquet").sort_by("timestamp")
+    cut = round(0.99 * events.num_rows)
+    parts = {"2011-12-01": events.slice(0, cut), "2011-12-09": events.slice(cut)}
+    seconds, metrics = {}, {}
+    for site, nights in (("grown", list(parts)), ("whole", ["2011-12-09"])):
+        home = folder / site
+        (home / "events").mkdir(parents=True)
+        shutil.copy(DEMO / "items.parquet", home)
+        tree = yaml.safe_load((ROOT / "infra" / "settings" / "online-retail.yaml").read_text())
+        tree["task"]["data"]["interactions"]["paths"] = "events/*.parquet"
+        tree["task"]["data"]["items"]["paths"] = "items.parquet"
+        del tree["resources"]["run"]
+        tree["resources"] |= {"site": "site", "cache": str(home / "cache")}
+        (home / "pinsage.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+        if site == "whole":
+            pq.write_table(parts["2011-12-01"], home / "events" / "2011-12-01.parquet")
+        for night in nights:
+            pq.write_table(parts[night], home / "events" / f"{night}.parquet")
+            command = [sys.executable, "-m", "jobs.cli", "nightly", "--settings", str(home / "pinsage.yaml")]
+            began = time.monotonic()
+            with (folder / "cost.log").open("ab") as stream:
+                subprocess.run([*command, "--night", night], env=environment(), cwd=ROOT, stdout=stream, check=True)
+            seconds[f"{site} {night}"] = time.monotonic() - began
+            told = json.loads((home / "site" / "nights" / f"{night}.json").read_text())
+            by_stage = {stage["stage"]: round(stage["seconds"], 1) for stage in told["stages"]}
+            print(
+                f"{site} {night}: {seconds[f'{site} {night}']:.1f} s, {told['training']['plan']}; {by_stage}",
+                flush=True,
+            )
+        found = json.loads((home / "site" / "runs" / "2011-12-09" / "evaluation" / "metrics.json").read_text())
+        metrics[site] = found["tasks"]["item_to_item"]["slices"]["all"]["methods"]["PinSage"]
+    for name in ("mrr", "hit_rate@10"):
+        one, other = (metrics[site][name] for site in ("grown", "whole"))
+        whole = f"{other['mean']:.4f} from nothing, {other['low']:.4f} to {other['high']:.4f}"
+        print(f"{name}: {one['mean']:.4f} grown, {whole}")
+    ratio = seconds["grown 2011-12-09"] / seconds["whole 2011-12-09"]
+    return {"incremental_night_vs_full": ratio, "seconds": seconds, "quality": metrics}
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nights", type=int, default=30)
     parser.add_argument("--items", type=int, default=0, help="only the commonest so many products; 0: all")
-    parser.add_argument("--faults", type=int, default=0, help="so many random faults over the nights; 0: none")
+    parser.add_argument("--cost", action="store_true", help="only what a night with 1 %% new events costs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="work in this folder and leave it")
-    parser.add_argument("--reader", help=argparse.SUPPRESS)
-    parser.add_argument("--log", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
-    if given.reader:
-        read_for_ever(given.reader, given.log)
-        return
-    print(json.dumps(run(given.nights, given.items, given.faults, given.seed, given.keep), default=float))
+    about = measure.machine()
+    print("\n".join(f"{name:12} {value}" for name, value in about.items()), flush=True)
+    with tempfile.TemporaryDirectory(prefix="bench-nights-") as temporary:
+        folder = given.keep or Path(temporary)
+        if given.cost:
+            results = measure_cost(folder)
+        else:
+            world = World(folder / "plain", folder / "plain" / "site", given.nights, given.items)
+            world.write()
+            bad = {night: kind for night, kind in BAD.items() if night < given.nights}
+            results = count_nights(run_nights(world, bad, folder / "nights.log", given.seed))
+    print(json.dumps({**results, "machine": about}, default=float))
 
 
 if __name__ == "__main__":
