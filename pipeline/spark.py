@@ -1,4 +1,4 @@
-"""The Spark session, tasks over shards, and shuffled rows to shards.
+"""The Spark session, and tasks over shards.
 
 Spark schedules, shuffles and retries; bulk data stays outside the JVM: Python tasks read and write whole columnar
 shards through `contracts.datasets`. A task is a small dict that says which shard to make; its result is a small dict
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import socket
 import sys
 import threading
@@ -25,10 +24,7 @@ import pyarrow as pa
 from py4j.protocol import Py4JError
 from pyspark import SparkConf, SparkContext, TaskContext
 from pyspark.errors import PySparkException
-from pyspark.sql import DataFrame, SparkSession
-from pyspark.sql import functions as F
-from pyspark.sql import types as T
-from pyspark.sql.pandas.types import from_arrow_schema, to_arrow_schema
+from pyspark.sql import SparkSession
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -42,7 +38,7 @@ from rich.progress import (
 
 from pipeline.contracts import errors
 from pipeline.contracts.config import SparkResources
-from pipeline.contracts.datasets import Lineage, Manifest, Shard, finished_shard, read_shard, write_shard
+from pipeline.contracts.datasets import Lineage, Shard, finished_shard, write_shard
 from pipeline.contracts.errors import PipelineError, ResourceError
 from pipeline.contracts.safety import SECRET_NAMES, printable
 from pipeline.contracts.schemas import Dataset
@@ -55,7 +51,6 @@ them; compiling what runs for seconds cost more than all else: 18 core-seconds a
 _LOCATORS = "UserProvidedCacheLocator,InTreeCacheLocator,UserWideCacheLocator,IPythonCacheLocator,ZipCacheLocator"
 """Where numba looks for compiled kernels of its own accord."""
 _QUIET = Path(__file__).with_name("log4j2.properties")
-_RESULT = T.StructType([T.StructField("task", T.IntegerType()), T.StructField("result", T.StringType())])
 
 
 def session(resources: SparkResources, name: str) -> SparkSession:
@@ -185,70 +180,6 @@ def say(text: str) -> None:
     Console(stderr=True, highlight=False).print(printable(text), soft_wrap=True, markup=False)
 
 
-def write_shards(
-    rows: DataFrame,
-    num_rows: int,
-    num_shards: int,
-    storage: Storage,
-    dataset: Dataset,
-    lineage: Lineage,
-    finish: Callable[[int, pa.Table], pa.Table],
-    label: str,
-) -> list[Shard]:
-    """Group rows by the shard that owns their `id` and store every group, sorted and typed by finish, as that shard.
-
-    The ids are [0, num_rows). finish(shard, group) must put rows into a total order, so that the bytes do not depend on
-    how Spark delivered them; it is called with an empty group for a shard that gets no row. Memory: one shard per task.
-    """
-
-    def store(number: int, group: pa.Table) -> str:
-        return _guarded(lambda _: asdict(write_shard(storage, dataset, number, finish(number, group), lineage)), {})
-
-    def apply(key: tuple[Any, ...], group: pa.Table) -> pa.Table:
-        number = key[0].as_py()
-        return pa.table(
-            {"task": pa.array([number], pa.int32()), "result": [store(number, group.drop_columns(["shard"]))]}
-        )
-
-    sharded = rows.withColumn("shard", shard_column("id", num_rows, num_shards))
-    with progress(label, num_shards, rows.sparkSession):
-        stored = {row["task"]: row["result"] for row in sharded.groupBy("shard").applyInArrow(apply, _RESULT).collect()}
-    if len(stored) < num_shards:
-        nothing = to_arrow_schema(rows.schema).empty_table()
-        stored |= {number: store(number, nothing) for number in range(num_shards) if number not in stored}
-    return [Shard(**_opened(stored[number])) for number in range(num_shards)]
-
-
-def shard_column(id_column: str, num_rows: int, num_shards: int) -> Any:
-    """The shard of each id, as `sharding.shard_of` says it, for a DataFrame."""
-    row = F.col(id_column).cast("long")
-    return F.floor(((row + 1) * num_shards - 1) / F.lit(max(num_rows, 1))).cast("int")
-
-
-def frame(
-    spark: SparkSession, tasks: Sequence[Mapping[str, Any]], read: Callable[[Task], pa.Table], schema: pa.Schema
-) -> DataFrame:
-    """A DataFrame of what read returns for every task; one Spark partition per task, read where it runs."""
-    texts = [(json.dumps(task),) for task in tasks]
-    rows = spark.createDataFrame(spark.sparkContext.parallelize(texts, len(texts)), "task string")
-    wide = spark_schema(schema)
-    narrow = pa.schema([pa.field(field.name, _signed(field.type)) for field in schema])
-
-    def expand(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        for batch in batches:
-            for text in batch.column("task").to_pylist():
-                yield from _carrying(read, json.loads(text)).cast(narrow).to_batches(max_chunksize=100_000)
-
-    return rows.mapInArrow(expand, schema=wide)
-
-
-def read_dataset(spark: SparkSession, storage: Storage, manifest: Manifest, columns: Sequence[str]) -> DataFrame:
-    """Columns of a dataset's shards as a DataFrame; unsigned ids become signed 64-bit, as Spark has none."""
-    first = read_shard(storage, manifest, 0, columns)
-    tasks = [{"shard": number} for number in range(len(manifest.shards))]
-    return frame(spark, tasks, lambda task: read_shard(storage, manifest, task["shard"], columns), first.schema)
-
-
 @contextmanager
 def progress(label: str, total: int, spark: SparkSession | None = None) -> Iterator[Callable[[int], None]]:
     """A bar with rate and time left on a terminal, one closing line elsewhere.
@@ -321,29 +252,16 @@ def _following(spark: SparkSession, bars: Progress, bar: TaskID, label: str, sta
 
 @contextmanager
 def _plain_errors(label: str) -> Iterator[None]:
-    """Find the user's mistake inside a Spark failure: readers raise inside Spark's own plan, where it gets wrapped."""
+    """Find what the user can mend inside a Spark failure."""
     try:
         yield
     except Exception as error:
-        found = _CARRIED.search(str(error))
-        if found:
-            raise getattr(errors, found.group(1))(bytes.fromhex(found.group(2)).decode()) from None
         if "No space left on device" in str(error):
             raise errors.StorageError(
                 f"{label}: no space left for Spark's shuffle files; make room, or set resources.spark.conf "
                 "spark.local.dir to a larger disk"
             ) from error
         raise
-
-
-_CARRIED = re.compile(r"<<pinsage:(\w+):([0-9a-f]+)>>")
-
-
-def _carrying(read: Callable[[Task], pa.Table], task: Task) -> pa.Table:
-    try:
-        return read(task)
-    except PipelineError as error:
-        raise RuntimeError(f"<<pinsage:{type(error).__name__}:{str(error).encode().hex()}>>") from None
 
 
 def _guarded(work: Callable[[Task], Task], task: Task) -> str:
@@ -360,16 +278,3 @@ def _opened(text: str) -> Task:
         raise getattr(errors, answer["error"])(answer["message"])
     result: Task = answer["ok"]
     return result
-
-
-def spark_schema(schema: pa.Schema) -> T.StructType:
-    """Arrow types as Spark types; unsigned integers become the next wider signed ones."""
-    return from_arrow_schema(pa.schema([pa.field(field.name, _signed(field.type)) for field in schema]))
-
-
-def _signed(kind: pa.DataType) -> pa.DataType:
-    if kind in (pa.uint32(), pa.uint64()):
-        return pa.int64()
-    if kind in (pa.uint8(), pa.uint16()):
-        return pa.int32()
-    return kind
