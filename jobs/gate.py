@@ -24,6 +24,9 @@ from jobs.stage import OverrideOption, SettingsOption, exit_codes
 from pipeline.contracts.config import load_settings
 from pipeline.contracts.errors import DataError, SettingsError
 from pipeline.contracts.storage import Storage
+from pipeline.nightly.summary import NIGHTS
+from pipeline.releases.catalogue import Catalogue
+from pipeline.releases.records import RUNS
 
 REFUSED = 3
 """Exit code of a refusal: what was asked was answered, and the answer is no."""
@@ -32,11 +35,12 @@ _STYLES = {"block": "bold red", "warn": "yellow", "pass": "green", "skip": "dim"
 
 def gate_command(
     against: Annotated[
-        str | None, typer.Option(help="Folder of the live release's run. Without it: this would be the first release.")
+        str | None,
+        typer.Option(help="Folder of the run to compare with. Default: the site's live release, if there is one."),
     ] = None,
     history: Annotated[
         str | None,
-        typer.Option(help="Folder of earlier nights' summaries, one NIGHT.json each, as nightly writes them."),
+        typer.Option(help="Folder of earlier nights' summaries, one NIGHT.json each. Default: nights/ of the site."),
     ] = None,
     night: Annotated[
         str | None, typer.Option(help="Date of tonight's data. Default: the run's name if it is one, else today.")
@@ -55,6 +59,11 @@ def gate_command(
             raise SettingsError("--force needs --reason TEXT: it is kept in the verdict for whoever asks later")
         loaded = load_settings(settings, override or ())
         forced = Force(os.environ.get("USER", "unknown"), reason or "") if force else None
+        site = loaded.resources.site
+        if site is not None:
+            home, released = site.rstrip("/"), Catalogue(site).pointer()[1].release
+            against = against or (None if released is None else f"{home}/{RUNS}/{released}")
+            history = history or f"{home}/{NIGHTS}"
         live, past = None if against is None else Storage(against), [] if history is None else read_history(history)
         date = None if night is None else _date(night)
         found = SparkSession.getActiveSession()
@@ -76,6 +85,8 @@ def read_history(url: str) -> list[dict[str, Any]]:
         if name.endswith(".json"):
             try:
                 tree = json.loads(storage.read_bytes(name))
+                if tree.get("status", "published") != "published":
+                    continue
                 tree = tree.get("tonight") or tree
                 found.append({**tree, "night": tree.get("night") or name.removesuffix(".json")})
             except (ValueError, AttributeError) as error:

@@ -32,7 +32,7 @@ from pipeline.contracts.datasets import RECEIPTS, Lineage, begin, code_version, 
 from pipeline.contracts.errors import PipelineError, ResourceError
 from pipeline.contracts.schemas import Stage
 from pipeline.contracts.storage import Storage
-from pipeline.spark import check_port, session
+from pipeline.spark import RUN, check_port, say, session
 
 RESOLVED = "settings.yaml"
 """The resolved settings, kept in the run's folder."""
@@ -101,20 +101,21 @@ def run_stages(stages: Sequence[Stage], settings: Settings, force: bool = False)
     if schemas.TRAIN in stages and settings.resources.training.master_port:
         check_port(settings.resources.training.master_port, "resources.training.master_port")
     storage.write_bytes(RESOLVED, dump_settings(settings).encode())
+    os.environ[RUN] = storage.url
     ran, spark = [], _LazySession(settings)
     try:
         for stage in stages:
             if is_not_needed(stage, settings):
-                console.print(f"{stage.name}: not needed, as the model is that of {settings.task.training.previous}")
+                say(f"{stage.name}: not needed, as the model is that of {settings.task.training.previous}")
                 continue
             lineage = lineage_of(storage, stage, settings)
             if force:
                 _forget(storage, stage)
             elif is_up_to_date(storage, stage, lineage):
-                console.print(f"{stage.name}: up to date")
+                say(f"{stage.name}: up to date")
                 continue
             started = time.monotonic()
-            console.print(f"[bold]{stage.name}[/]: {stage.meaning}")
+            say(f"{stage.name}: {stage.meaning}")
             if stage is schemas.TRAIN and settings.task.training.epochs:
                 _train(settings, force)
             elif stage is schemas.TRAIN:
@@ -125,7 +126,7 @@ def run_stages(stages: Sequence[Stage], settings: Settings, force: bool = False)
             seconds = time.monotonic() - started
             measured = json.dumps(measure(storage, stage, seconds), indent=1).encode()
             storage.write_bytes(f"{schemas.METRICS}/{stage.name}.json", measured)
-            console.print(f"{stage.name}: done in {seconds:.1f} s")
+            say(f"{stage.name}: done in {seconds:.1f} s")
     finally:
         spark.stop()
     return ran

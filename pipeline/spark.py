@@ -175,8 +175,17 @@ def make_shards(
     return [Shard(**result) for result in run_tasks(spark, tasks, work, label)]
 
 
+LOG, RUN = "PINSAGE_LOG", "PINSAGE_RUN"
+"""Environment variables: `json` for lines that machines read; and the run that they are of, which the jobs set."""
+
+
 def say(text: str) -> None:
-    """One line to the person who watches."""
+    """One line to the person who watches, `stage: what`; as JSON if the environment asks for it."""
+    if os.environ.get(LOG) == "json":
+        stage, colon, rest = text.partition(": ")
+        line = {"time": time.time(), "run": os.environ.get(RUN, ""), "stage": stage if colon else "", "message": rest}
+        print(json.dumps({**line, "message": printable(rest if colon else text)}), file=sys.stderr, flush=True)
+        return
     Console(stderr=True, highlight=False).print(printable(text), soft_wrap=True, markup=False)
 
 

@@ -16,10 +16,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from infra.bench.faults import ENVIRONMENT, FaultyProxy, moto_server
 from pipeline.contracts import schemas
 from pipeline.contracts.datasets import arrow_to_lists, arrow_to_vectors, open_manifest, read_table
 from pipeline.contracts.storage import Storage
-from tests.faults import ENVIRONMENT, FaultyProxy, moto_server
 from tests.runs import command, differences, environment, make_shop, pinsage
 
 KILLS = 5

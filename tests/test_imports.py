@@ -22,7 +22,7 @@ PACKAGES = (
 
 # Modules of `pipeline` that are no stage but a stage's inner part, and the modules that may import them.
 KERNELS = {
-    "ann": {"index", "plan", "releases"},
+    "ann": {"index", "nightly", "plan", "releases"},
     "clusters": {"inference", "neighbourhoods"},
     "encoders": {"features", "newcomers"},
     "event_kernel": {"ingest"},

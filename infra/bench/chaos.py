@@ -7,6 +7,8 @@ kill -9 of the driver, of a Spark worker, of a training rank, of the publisher a
 disk; a shard changed or gone; a lock of another clock. After each the same command is typed again until the night ends.
 A reader opens the live release all the time: it must be whole, of one run, its scores those of its embeddings. In the
 end every release must have the bytes of the undisturbed nights'. The disk is filled where this user may mount one.
+Last, some nights with their site at s3://, a real HTTP endpoint behind a proxy that fails: 500s, resets, silence, short
+bodies, old listings. They must end with the same bytes too.
 
 The last line is one JSON object: faults, broken_releases, lost_runs, and what else was counted.
 """
@@ -29,13 +31,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 
 from infra.bench import measure
+from infra.bench.faults import ENVIRONMENT, FaultyProxy, moto_server
 from infra.bench.nights import DAY, ROOT, World, count_nights, environment, released, run_nights, summary
 
 REFUSED = 3
+ENDED = ("published", "refused")
 KINDS = ("driver", "worker", "rank", "publisher", "disk", "shard", "missing", "clock")
+RATES = {
+    "500": 0.01, "503": 0.01, "reset": 0.01, "truncated": 0.01, "cut": 0.01, "slow": 0.01, "hang": 0.002, "stale": 0.1,
+}  # fmt: skip
+"""Of the requests to the object store."""
 _LONGEST_SECONDS = 900
 
 
@@ -183,6 +192,34 @@ def run_faulty(world: World, faults: int, log: Path, seed: int) -> tuple[list[di
     return found, harm
 
 
+def run_on_s3(world: World, log: Path, seed: int) -> tuple[list[dict[str, Any]], FaultyProxy]:
+    """Every night with its site on an object store that fails."""
+    world.settings.write_text(world.settings.read_text().replace(str(world.site), "s3://bucket/site"))
+    found = []
+    with moto_server() as upstream, FaultyProxy(upstream, seed=seed, rates=RATES) as proxy:
+        keys = {"key": ENVIRONMENT["AWS_ACCESS_KEY_ID"], "secret": ENVIRONMENT["AWS_SECRET_ACCESS_KEY"]}
+        store = fsspec.filesystem("s3", endpoint_url=upstream, use_listings_cache=False, **keys)
+        store.mkdir("bucket")
+        surroundings = {**environment(), **ENVIRONMENT, "AWS_ENDPOINT_URL": proxy.url}
+        for night in range(world.nights):
+            world.deliver(night)
+            code, tries = -1, 0
+            while code not in (0, REFUSED) and tries < 6:
+                tries += 1
+                with log.open("ab") as stream:
+                    code = subprocess.run(
+                        world.command(night), env=surroundings, cwd=ROOT, stdout=stream, stderr=stream, check=False
+                    ).returncode
+            date = world.date(night)
+            told = json.loads(store.cat_file(f"bucket/site/nights/{date}.json"))
+            datasets = {}
+            if code == 0:
+                datasets = json.loads(store.cat_file(f"bucket/site/releases/{date}.json"))["datasets"]
+            found.append({"night": date, "status": told["status"], "tries": tries, "datasets": datasets})
+            print(f"s3 {date}  {told['status']}  {tries} tries  {dict(proxy.caused)}", flush=True)
+    return found, proxy
+
+
 # ------------------------------------------------------------------------------------------------ the reader
 
 
@@ -255,7 +292,7 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[None]:
             subprocess.run(["umount", "-l", folder], check=False)
 
 
-def run(nights: int, items: int, faults: int, seed: int, folder: Path) -> dict[str, Any]:
+def run(nights: int, items: int, faults: int, on_s3: int, seed: int, folder: Path) -> dict[str, Any]:
     """Measure, print, and return what the last line says."""
     plain = World(folder / "plain", folder / "plain" / "site", nights, items)
     plain.write()
@@ -266,6 +303,10 @@ def run(nights: int, items: int, faults: int, seed: int, folder: Path) -> dict[s
         harmed.site.mkdir()
         with reader(harmed.site, folder / "reads.jsonl"):
             found, harm = run_faulty(harmed, faults, folder / "faults.log", seed)
+    remote = World(folder / "remote", folder / "remote" / "site", on_s3, items)
+    remote.write()
+    stored, proxy = run_on_s3(remote, folder / "s3.log", seed)
+    found_there = list(zip(undisturbed, stored, strict=False))
     reads = [json.loads(line) for line in (folder / "reads.jsonl").read_text().splitlines()]
     broken = [read["problem"] for read in reads if read["problem"]]
     for problem, times in Counter(broken).most_common(10):
@@ -275,16 +316,26 @@ def run(nights: int, items: int, faults: int, seed: int, folder: Path) -> dict[s
         "undisturbed": count_nights(undisturbed), "faults": sum(harm.done.values()), "kinds": dict(harm.done),
         "broken_releases": len(broken), "reads": len(reads),
         "releases_read": len({read["release"] for read in reads if read["release"]}),
-        "lost_runs": sum(line["status"] != "published" for line in found), "nights": nights,
-        "different_from_undisturbed": [one["night"] for one, other in pairs if one["datasets"] != other["datasets"]],
-        "tries": sum(line["tries"] for line in found),
+        "lost_runs": sum(line["status"] not in ENDED for line in found), "nights": nights,
+        "different_from_undisturbed": [one["night"] for one, other in pairs if is_other(one, other)],
+        "tries": sum(line["tries"] for line in found), "s3_nights": on_s3, "s3_faults": sum(proxy.caused.values()),
+        "s3_requests": sum(proxy.counts.values()), "s3_kinds": dict(proxy.caused),
+        "s3_lost_runs": sum(line["status"] not in ENDED for line in stored),
+        "s3_tries": sum(line["tries"] for line in stored),
+        "s3_different": [one["night"] for one, other in found_there if is_other(one, other)],
     }  # fmt: skip
+
+
+def is_other(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two nights ended otherwise, or with another byte."""
+    return bool(one["status"] != other["status"] or one["datasets"] != other["datasets"])
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=200, help="random faults, spread over the nights")
     parser.add_argument("--nights", type=int, default=20)
+    parser.add_argument("--on-s3", type=int, default=3, help="nights on the failing object store")
     parser.add_argument("--items", type=int, default=400, help="only the commonest so many products; 0: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="work in this folder and leave it")
@@ -297,7 +348,7 @@ def main(arguments: list[str] | None = None) -> None:
     about = measure.machine()
     print("\n".join(f"{name:12} {value}" for name, value in about.items()), flush=True)
     with tempfile.TemporaryDirectory(prefix="bench-chaos-") as temporary:
-        results = run(given.nights, given.items, given.faults, given.seed, given.keep or Path(temporary))
+        results = run(given.nights, given.items, given.faults, given.on_s3, given.seed, given.keep or Path(temporary))
     print(json.dumps({**results, "machine": about}, default=float))
 
 

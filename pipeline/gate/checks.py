@@ -13,6 +13,8 @@ from pipeline.contracts.config import Gate
 
 Grade = Literal["pass", "warn", "block", "skip"]
 ORDER: tuple[Grade, ...] = ("block", "warn", "pass", "skip")
+FEW_TARGETS = 20
+"""With fewer different items asked for, a comparison is of those items and says nothing of others."""
 METRICS = {"mrr": "MRR", "hit_rate@10": "hit-rate@10"}
 
 
@@ -57,8 +59,8 @@ def _checked(name: str, value: float, bound: float, grade: Grade, found: str, re
 def check_quality(slices: Mapping[str, Mapping[str, Any]], settings: Gate) -> list[Check]:
     """Tonight's run against the live one on the same questions, over all items and over cold ones.
 
-    slices are as ranking.compare gives them, of the methods `tonight` and `live`, with the number of `questions`.
-    Blocks where a loss is larger than tolerated and its whole 95 % interval is a loss.
+    slices are as ranking.compare gives them, of the methods `tonight` and `live`, with the numbers of `questions` and
+    of different `targets`. Blocks where a loss is larger than tolerated and its whole 95 % interval is a loss.
     """
     found = []
     for name, tolerated in (("all", settings.tolerated_loss), ("cold", settings.tolerated_cold_loss)):
@@ -68,6 +70,8 @@ def check_quality(slices: Mapping[str, Mapping[str, Any]], settings: Gate) -> li
             if compared["questions"] < settings.min_questions:
                 asked = f"only {compared['questions']} test events that both runs can answer"
                 found.append(skip(title, f"{asked}, {settings.min_questions} are needed"))
+            elif compared["targets"] < FEW_TARGETS:
+                found.append(skip(title, f"only {compared['targets']} different items are asked for"))
             else:
                 now, then = (compared["methods"][run][metric]["mean"] for run in ("tonight", "live"))
                 lead = compared["leads"]["live"][metric]

@@ -169,7 +169,12 @@ def _asked(run: Run, shard: int, common: int, since: int) -> tuple[Events, Ints,
 
 
 def compare_quality(spark: SparkSession, tonight: Run, live: Run, common: int, settings: Settings) -> dict[str, Any]:
-    """counts of events, and by slice the number of `questions` and what ranking.compare says of tonight and live."""
+    """counts of events, and by slice the number of `questions` and what ranking.compare says of tonight and live.
+
+    all: every question, the interval by users. cold: of targets without edges, whose query has edges in both runs or in
+    none, so that what is compared is the target's embedding and not that its neighbour in the catalogue has moved on;
+    the interval by targets, as a few new items may be all that is asked for, and `targets` says how many they are.
+    """
     task, seed = settings.task.evaluation, settings.task.seed
     since = int(live["interactions"].metadata.get("validation_from", np.iinfo(np.int64).min))
 
@@ -179,30 +184,35 @@ def compare_quality(spark: SparkSession, tonight: Run, live: Run, common: int, s
     shards: list[Task] = [{"shard": number} for number in range(len(tonight["interactions"].shards))]
     counted = run_tasks(spark, shards, count, "gate: test events")
     blocks = sample_blocks([answer["known_to_both"] for answer in counted], task.max_events, [seed, 3])
-    work = partial(rank_block, tonight=tonight, live=live, common=common, since=since)
+    work = partial(
+        rank_block, tonight=tonight, live=live, common=common, since=since, cold_degree=task.cold_degree
+    )  # fmt: skip
     answers = run_tasks(spark, blocks, work, "gate: tonight and live")
     counts = {name: sum(answer[name] for answer in counted) for name in ("test_events", "askable", "known_to_both")}
     if not answers:
         return {"counts": counts, "slices": {}}
-    users, degrees, now, then = (
-        np.concatenate([answer[name] for answer in answers]) for name in ("users", "degrees", "tonight", "live")
+    users, targets, is_cold, now, then = (
+        np.concatenate([answer[name] for answer in answers])
+        for name in ("users", "targets", "is_cold", "tonight", "live")
     )
     slices: dict[str, Any] = {}
-    for name, kept in (("all", degrees >= 0), ("cold", degrees <= task.cold_degree)):
+    for name, kept, owners in (("all", np.ones(len(now), np.bool_), users), ("cold", is_cold, targets)):
         size = int(kept.sum())
-        slices[name] = {"questions": size}
+        slices[name] = {"questions": size, "targets": len(np.unique(targets[kept]))}
         if size:
             own = np.arange(size)
             values = {
                 run: ranking.query_metrics(ranks[kept], own, size, [NEAREST])
                 for run, ranks in (("tonight", now), ("live", then))
             }
-            slices[name] |= ranking.compare(values, users[kept], ranking.metric_names([NEAREST]), task.bootstrap, seed)
+            slices[name] |= ranking.compare(values, owners[kept], ranking.metric_names([NEAREST]), task.bootstrap, seed)
     return {"counts": counts, "slices": slices}
 
 
-def rank_block(task: Mapping[str, Any], tonight: Run, live: Run, common: int, since: int) -> dict[str, Any]:
-    """Ranks of a block of questions in both runs, with the users who ask and the degrees of the targets."""
+def rank_block(
+    task: Mapping[str, Any], tonight: Run, live: Run, common: int, since: int, cold_degree: int
+) -> dict[str, Any]:
+    """Ranks of a block of questions in both runs, who asks for what, and which are of the cold slice."""
     parts: list[Questions] = []
     users: list[Ints] = []
     for part in task["parts"]:
@@ -211,13 +221,19 @@ def rank_block(task: Mapping[str, Any], tonight: Run, live: Run, common: int, si
         parts.append(questions)
         users.append(asking)
     questions = ranking.join_questions(parts)
-    degrees = map_values(tonight.storage, tonight["items"], "degree", tonight.cache)
+    cold, was_cold = (
+        np.asarray(map_values(run.storage, run["items"], "degree", run.cache))[:common] <= cold_degree
+        for run in (tonight, live)
+    )
+    queries = questions.items[questions.indptr[questions.rows]]
+    is_cold = cold[questions.targets] & was_cold[questions.targets] & (cold[queries] == was_cold[queries])
     with threadpool_limits(tonight.threads):
         ranks = {
             name: ranking.vector_ranks(questions, Catalogue(run.vectors()[:common])).tolist()
             for name, run in (("tonight", tonight), ("live", live))
         }
-    return {"users": np.concatenate(users).tolist(), "degrees": degrees[questions.targets].tolist(), **ranks}
+    asked = {"users": np.concatenate(users).tolist(), "targets": questions.targets.tolist()}
+    return {**asked, "is_cold": is_cold.tolist(), **ranks}
 
 
 # ------------------------------------------------------------------------------------------------ movement

@@ -41,8 +41,8 @@ class Night:
     since_training: int
     since_scratch: int
     inputs: dict[str, list[dict[str, Any]]]
-    appended: list[str] | None
     settings: str
+    appended: list[str] | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -91,8 +91,8 @@ def decide(
     if before is not None and settings.task.nightly.append and settings.task.split.kind != "random":
         read, appended = _added(before.inputs["interactions"], read)
     return Night(
-        night, run, live, plan, reason, since_training, since_scratch, {**inputs, "interactions": read}, appended,
-        f"{model}:{whole}",
+        night, run, live, plan, reason, since_training, since_scratch, {**inputs, "interactions": read},
+        f"{model}:{whole}", appended,
     )  # fmt: skip
 
 

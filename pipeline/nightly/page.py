@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.ann.reader import Index
 from pipeline.contracts import schemas
 from pipeline.contracts.datasets import Manifest, arrow_to_vectors, open_manifest, read_shard
 from pipeline.contracts.errors import DataError
 from pipeline.contracts.sharding import sample_rows
 from pipeline.contracts.storage import Storage
-from pipeline.index import Index
 from pipeline.report import html_table, line, page
 
 Summary = Mapping[str, Any]

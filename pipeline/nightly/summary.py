@@ -1,4 +1,4 @@
-"""How a night ended: `nights/<night>.json` of the site, and the same to a webhook."""
+"""How a night ended: `nights/<night>.json` of the site, `nights/latest.prom` for Prometheus, and a webhook."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def write(site: Storage, night: str, summary: Mapping[str, Any]) -> str:
     """Keep the summary of a night's last run; returns where."""
     path = f"{NIGHTS}/{night}.json"
     site.write_bytes(path, (json.dumps(summary, indent=1, sort_keys=True) + "\n").encode())
+    site.write_bytes(f"{NIGHTS}/latest.prom", prometheus(summary).encode())
     return site.locate(path)
 
 
@@ -56,6 +57,34 @@ def stages(run: Storage) -> list[dict[str, Any]]:
     return [
         json.loads(run.read_bytes(f"{METRICS}/{stage.name}.json")) for stage in STAGES if f"{stage.name}.json" in names
     ]
+
+
+def prometheus(summary: Mapping[str, Any]) -> str:
+    """The summary as Prometheus' text format: for the textfile collector of a node exporter, or a push gateway."""
+    data, data_names = summary.get("tonight") or {}, ("mrr", "volume", "rows", "items")
+    lines = [
+        "# TYPE pinsage_night_published gauge", f"pinsage_night_published {int(summary['status'] == 'published')}",
+        "# TYPE pinsage_night_ended_timestamp_seconds gauge",
+        f"pinsage_night_ended_timestamp_seconds {summary['ended_at']:.0f}",
+        "# TYPE pinsage_night_seconds gauge",
+        f"pinsage_night_seconds {summary['ended_at'] - summary['started_at']:.1f}",
+        "# TYPE pinsage_stage_seconds gauge",
+        *(f'pinsage_stage_seconds{{stage="{one["stage"]}"}} {one["seconds"]:.3f}' for one in summary["stages"]),
+        "# TYPE pinsage_dataset_bytes gauge",
+        *(
+            f'pinsage_dataset_bytes{{dataset="{name}"}} {made["bytes"]}'
+            for one in summary["stages"] for name, made in one["datasets"].items()
+        ),
+        "# TYPE pinsage_check gauge",
+        *(
+            f'pinsage_check{{check="{check["name"]}",verdict="{check["verdict"]}"}} {check["value"]}'
+            for check in summary["checks"] if check["value"] is not None
+        ),
+    ]  # fmt: skip
+    for name in data_names:
+        if data.get(name) is not None:
+            lines += [f"# TYPE pinsage_night_{name} gauge", f"pinsage_night_{name} {data[name]}"]
+    return "\n".join(lines) + "\n"
 
 
 def notify(summary: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ import fsspec
 import pyarrow as pa
 import pytest
 
+from infra.bench.faults import ENVIRONMENT, FAULTS, FaultyProxy, moto_server
 from pipeline.contracts.datasets import (
     Lineage,
     begin,
@@ -24,7 +25,6 @@ from pipeline.contracts.datasets import (
 )
 from pipeline.contracts.errors import DataError, StorageError
 from pipeline.contracts.storage import Storage, describe_inputs, filesystem_of, open_input
-from tests.faults import ENVIRONMENT, FAULTS, FaultyProxy, moto_server
 
 MANY = 12
 CLIENT = {"read_timeout": 1, "retries": {"total_max_attempts": 1}}

@@ -64,7 +64,11 @@ def compared(now: np.ndarray, then: np.ndarray) -> dict[str, Any]:
         for run, ranks in (("tonight", now), ("live", then))
     }
     users = np.arange(len(now)) // 3
-    return {"questions": len(now), **ranking.compare(values, users, ranking.metric_names([10]), 500, 1)}
+    return {
+        "questions": len(now),
+        "targets": len(now),
+        **ranking.compare(values, users, ranking.metric_names([10]), 500, 1),
+    }
 
 
 def test_the_same_questions_tell_a_small_loss_that_unpaired_intervals_would_not() -> None:
@@ -77,6 +81,14 @@ def test_the_same_questions_tell_a_small_loss_that_unpaired_intervals_would_not(
         "MRR against live, cold items": "pass",
         "hit-rate@10 against live, cold items": "pass",
     }
+
+
+def test_a_few_items_that_are_asked_for_often_say_nothing_of_the_others() -> None:
+    then = np.ones(600)
+    for targets, expected in ((checks.FEW_TARGETS - 1, "skip"), (checks.FEW_TARGETS, "block")):
+        cold = {**compared(then + 50, then), "targets": targets}
+        found = grades(checks.check_quality({"all": compared(then, then), "cold": cold}, GATE))
+        assert found["MRR against live, cold items"] == expected
 
 
 def test_too_few_questions_say_nothing() -> None:
