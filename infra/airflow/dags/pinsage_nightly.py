@@ -75,7 +75,7 @@ FINISH = """\
 said=$(mktemp); trap 'rm -f "$said"' EXIT
 code=0; pinsage nightly finish --settings "$SETTINGS" --night "$NIGHT" 2>&1 | tee "$said" || code=$?
 case $code in 0) word=published;; 3) word=refused;; *) exit "$code";; esac
-printf '%s %s\\n' "$word" "$(tail -n 12 "$said" | tr -s '\\n' ' ')"
+printf '%s %s\\n' "$word" "$(sed -e '/│/d' -e '/─/d' -e '/━/d' "$said" | tail -n 12 | tr -s '\\n' ' ')"
 """
 
 
