@@ -16,7 +16,7 @@ import json
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Annotated, Any
 
@@ -72,6 +72,8 @@ def nightly(
         with lock.hold(site, name, f"{night.RUNS}/{name}"):
             steps = Steps(site, loaded, name)
             tonight = steps.begin()
+            if tonight is None and forced is not None:
+                tonight = steps.latest()  # the gate refused it, and somebody knows better
             code = steps.done_before() if tonight is None else steps.run(tonight, forced)
     raise SystemExit(code)
 
@@ -102,7 +104,9 @@ def finish(
         site = _open(loaded)
         with lock.hold(site, name, f"{night.RUNS}/{name}"):
             steps = Steps(site, loaded, name)
-            code = steps.finish(steps.latest(), forced)
+            tonight = steps.latest()
+            with steps.failing(tonight):
+                code = steps.finish(tonight, forced)
     raise SystemExit(code)
 
 
@@ -160,14 +164,23 @@ class Steps:
         """All stages and the end, on one Spark session."""
         settings = night.settings_of(tonight, self.settings, self.site.url)
         try:
-            with spark_session(settings), budget(self.settings.resources.nightly.budget_hours):
+            with self.failing(tonight), spark_session(settings), budget(self.settings.resources.nightly.budget_hours):
                 return self._mended(settings, lambda: self._stages_and_finish(tonight, settings, forced))
         except OutOfTimeError as error:
             self._tell(tonight, "out of time", [str(error)])
             console.print(f"[yellow]out of time:[/] {escape(str(error))}", soft_wrap=True)
             return OUT_OF_TIME
-        except PipelineError as error:
-            self._tell(tonight, "failed", [str(error)])
+
+    @contextmanager
+    def failing(self, tonight: Night) -> Iterator[None]:
+        """Whatever ends the block early is told of as a night that failed, if that can be stored."""
+        try:
+            yield
+        except OutOfTimeError:
+            raise
+        except Exception as error:
+            with suppress(PipelineError):
+                self._tell(tonight, "failed", [str(error) if isinstance(error, PipelineError) else repr(error)])
             raise
 
     def _stages_and_finish(self, tonight: Night, settings: Settings, forced: Force | None) -> int:
@@ -254,16 +267,16 @@ class Steps:
     def _draw(self, told: Mapping[str, Any], run: Storage | None) -> None:
         """The night's page; without one the night has ended all the same."""
         before = None if told["previous"] is None else Storage(f"{self.site.url}/{night.RUNS}/{told['previous']}")
-        nights = [ended for ended in summary.read_all(self.site) if ended["night"] <= self.name]
         try:
+            nights = [ended for ended in summary.read_all(self.site) if ended["night"] <= self.name]
             seen = None
             if run is not None:
                 seen = page.look(run, before, self.settings.resources.cache, self.settings.task.seed)
             path = f"{summary.NIGHTS}/{self.name}.html"
             self.site.write_bytes(path, page.render(told, nights, seen).encode())
             console.print(f"report: {self.site.locate(path)}", soft_wrap=True)
-        except PipelineError as error:
-            console.print(f"[yellow]no report:[/] {escape(str(error))}", soft_wrap=True)
+        except Exception as error:
+            console.print(f"[yellow]no report:[/] {escape(repr(error))}", soft_wrap=True)
 
 
 def _verdict(run: Storage) -> dict[str, Any]:

@@ -40,11 +40,14 @@ from infra.bench.nights import DAY, ROOT, World, count_nights, environment, rele
 
 REFUSED = 3
 ENDED = ("published", "refused")
-KINDS = ("driver", "worker", "rank", "publisher", "disk", "shard", "missing", "clock")
+CHILDREN = {"worker": "pyspark.daemon", "rank": "jobs.train"}
+"""Kinds of faults that kill a process of the night, by what its command line says."""
 RATES = {
     "500": 0.01, "503": 0.01, "reset": 0.01, "truncated": 0.01, "cut": 0.01, "slow": 0.01, "hang": 0.002, "stale": 0.1,
 }  # fmt: skip
 """Of the requests to the object store."""
+MEAN_SECONDS = 8.0
+"""From one fault to the next; nights of this size take 25 s on a quiet machine."""
 _LONGEST_SECONDS = 900
 
 
@@ -57,30 +60,32 @@ class Faults:
         self.ballast = world.site / ".ballast"
         self.can_fill = os.path.ismount(world.site.parent)
 
-    def strike(self, running: subprocess.Popen[bytes], night: int, longest: float) -> None:
-        """One fault, at a random moment of the next seconds, unless the night ends before."""
-        kinds = [kind for kind in KINDS if kind != "disk" or self.can_fill]
-        kind = kinds[sum(self.done.values()) % len(kinds)]
-        if kind == "publisher":
+    def strike(self, running: subprocess.Popen[bytes], night: int, is_last: bool) -> None:
+        """One fault, at a random moment, unless the night ends before; a night's last one meets the publisher."""
+        if is_last:
             record = self.world.site / "releases" / f"{self.world.date(night)}.json"
-            if not self._wait(running, _LONGEST_SECONDS, record.exists):
-                return
-        elif self._wait(running, self.random.uniform(0.5, longest), lambda: False) is None:
+            if self._wait(running, _LONGEST_SECONDS, record.exists):
+                _kill(running)
+                self.done["publisher"] += 1
             return
-        if kind == "worker":
-            harmed = self._kill(running, "pyspark.daemon")
-        elif kind == "rank":
-            harmed = self._wait(running, 60, lambda: self._kill(running, "jobs.train")) is True
+        if self._wait(running, min(self.random.expovariate(1 / MEAN_SECONDS), 60), lambda: False) is None:
+            return
+        kind = min(self._possible(running), key=lambda kind: (self.done[kind], self.random.random()))
+        if kind in CHILDREN:
+            harmed = self._kill_child(running, CHILDREN[kind])
         elif kind == "disk":
             harmed = self._fill(running)
         else:
-            _kill_group(running)
-            harmed = True
-            if kind in ("shard", "missing"):
-                harmed = self._damage(night, kind)
-            elif kind == "clock":
-                self._jump()
-        self.done[kind if harmed else "driver"] += 1
+            _kill(running)
+            harmed = kind == "driver" or (self._jump() if kind == "clock" else self._damage(night, kind))
+            kind, harmed = (kind if harmed else "driver"), True
+        self.done[kind] += harmed
+
+    def _possible(self, running: subprocess.Popen[bytes]) -> list[str]:
+        """Kinds of which there is something to harm now."""
+        lines = [line for _, line in _children(running.pid)]
+        there = [kind for kind, what in CHILDREN.items() if any(what in line for line in lines)]
+        return [*there, *(["disk"] if self.can_fill else []), "driver", "shard", "missing", "clock"]
 
     def _wait(self, running: subprocess.Popen[bytes], seconds: float, until: Any) -> bool | None:
         """True once until holds, False after so many seconds, None if the night ended."""
@@ -93,7 +98,7 @@ class Faults:
             time.sleep(0.02)
         return False
 
-    def _kill(self, running: subprocess.Popen[bytes], what: str) -> bool:
+    def _kill_child(self, running: subprocess.Popen[bytes], what: str) -> bool:
         """kill -9 one process of the night whose command names it."""
         found = [pid for pid, line in _children(running.pid) if what in line]
         if not found:
@@ -129,13 +134,15 @@ class Faults:
         file.write_bytes(data or b"x")
         return True
 
-    def _jump(self) -> None:
+    def _jump(self) -> bool:
         """The lock as a host left it whose clock is a day ahead or behind."""
         path = self.world.site / "lock.json"
-        with suppress(FileNotFoundError):
-            lock = json.loads(path.read_text())
-            ahead = self.random.choice([-DAY, DAY])
-            path.write_text(json.dumps({**lock, "beat_at": lock["beat_at"] + ahead, "taken_at": 0.0}))
+        if not path.exists():
+            return False
+        lock = json.loads(path.read_text())
+        ahead = self.random.choice([-DAY, DAY])
+        path.write_text(json.dumps({**lock, "beat_at": lock["beat_at"] + ahead, "taken_at": 0.0}))
+        return True
 
 
 def _children(pid: int) -> list[tuple[int, str]]:
@@ -150,7 +157,7 @@ def _children(pid: int) -> list[tuple[int, str]]:
     return found
 
 
-def _kill_group(running: subprocess.Popen[bytes]) -> None:
+def _kill(running: subprocess.Popen[bytes]) -> None:
     """kill -9 of the driver alone: what it started must notice by itself."""
     running.send_signal(signal.SIGKILL)
     running.wait()
@@ -158,24 +165,24 @@ def _kill_group(running: subprocess.Popen[bytes]) -> None:
 
 def run_faulty(world: World, faults: int, log: Path, seed: int) -> tuple[list[dict[str, Any]], Faults]:
     """Every night with its share of the faults, typed again until it ends."""
-    harm, found, each = Faults(world, seed), [], -(-faults // world.nights)
+    harm, found = Faults(world, seed), []
     for night in range(world.nights):
         world.deliver(night)
-        began, tries, struck = time.monotonic(), 0, sum(harm.done.values())
-        code = -1
-        while code not in (0, REFUSED) and tries < each + 12:
+        began, tries, due = time.monotonic(), 0, -(-faults * (night + 1) // world.nights)
+        code, most = -1, due - sum(harm.done.values()) + 12
+        while code not in (0, REFUSED) and tries < most:
             tries += 1
             with log.open("ab") as stream:
                 stream.write(f"\n=== {world.date(night)} try {tries}\n".encode())
                 running = subprocess.Popen(
                     world.command(night), env=environment(), cwd=ROOT, stdout=stream, stderr=stream
                 )
-                if sum(harm.done.values()) - struck < each:
-                    harm.strike(running, night, longest=25.0)
+                while running.poll() is None and sum(harm.done.values()) < due:
+                    harm.strike(running, night, is_last=sum(harm.done.values()) + 1 == due)
                 try:
                     code = running.wait(_LONGEST_SECONDS)
                 except subprocess.TimeoutExpired:
-                    _kill_group(running)
+                    _kill(running)
         told = summary(world, night)
         found.append(
             {
@@ -295,7 +302,8 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[None]:
 def run(nights: int, items: int, faults: int, on_s3: int, seed: int, folder: Path) -> dict[str, Any]:
     """Measure, print, and return what the last line says."""
     plain = World(folder / "plain", folder / "plain" / "site", nights, items)
-    plain.write()
+    if not plain.settings.exists():
+        plain.write()
     undisturbed = run_nights(plain, {}, folder / "nights.log", seed)
     with small_disk(folder / "disk", 2000):
         harmed = World(folder / "harmed", folder / "disk" / "site", nights, items)

@@ -157,12 +157,29 @@ def test_a_bad_night_is_refused_told_of_and_made_good_by_the_next(site: Site, li
     assert [(sent["night"], sent["status"]) for sent in listener] == [(NIGHTS[1], "refused")]
     assert "s3cr3t" not in outcome.text
     assert "was refused" in (site.site / "nights" / f"{NIGHTS[1]}.html").read_text()
+    again = site.night(NIGHTS[1])
+    assert (again.exit_code, "has ended" in again.text) == (3, True), again.text
     site.deliver(NIGHTS[1])
     site.deliver(NIGHTS[2])
     outcome = site.night(NIGHTS[2])
     assert outcome.exit_code == 0, outcome.text
     assert "2 new files are read" in outcome.text
     assert (site.live(), site.told(NIGHTS[2])["previous"]) == (NIGHTS[2], NIGHTS[0])
+
+
+def test_who_knows_better_may_force_a_refused_night(site: Site) -> None:
+    """With a reason, which is kept; the stages are not run again."""
+    site.deliver(NIGHTS[1], later=365 * DAY)
+    assert site.night(NIGHTS[1]).exit_code == 3
+    without = site.night(NIGHTS[1], "--force")
+    assert (without.exit_code, "needs --reason" in without.text) == (1, True), without.text
+    outcome = site.night(NIGHTS[1], "--force", "--reason", "the shop's clock was wrong")
+    assert outcome.exit_code == 0, outcome.text
+    assert "ingest: up to date" in outcome.text
+    assert site.live() == NIGHTS[1]
+    told = site.told(NIGHTS[1])
+    assert (told["status"], told["forced"]["reason"]) == ("published", "the shop's clock was wrong")
+    assert "It was forced by" in (site.site / "nights" / f"{NIGHTS[1]}.html").read_text()
 
 
 def test_what_stops_or_damages_a_night_costs_it_nothing(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,6 +210,10 @@ def test_a_scheduler_may_take_the_steps(site: Site) -> None:
     site.deliver(NIGHTS[1])
     early = site.pinsage("nightly", "finish", "--night", NIGHTS[1])
     assert (early.exit_code, "was not begun" in early.text) == (1, True), early.text
+    begun = site.pinsage("nightly", "begin", "--night", NIGHTS[1])
+    early = site.pinsage("nightly", "finish", "--night", NIGHTS[1])
+    assert (early.exit_code, "run `pinsage ingest` to build it" in early.text) == (1, True), early.text
+    assert site.told(NIGHTS[1])["status"] == "failed"
     begun = site.pinsage("nightly", "begin", "--night", NIGHTS[1])
     assert begun.exit_code == 0, begun.text
     url = begun.text.strip().splitlines()[-1]
