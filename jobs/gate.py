@@ -15,12 +15,11 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
-from pyspark.sql import SparkSession
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jobs.stage import OverrideOption, SettingsOption, exit_codes
+from jobs.stage import OverrideOption, SettingsOption, exit_codes, spark_session
 from pipeline.contracts.config import load_settings
 from pipeline.contracts.errors import DataError, SettingsError
 from pipeline.contracts.storage import Storage
@@ -53,7 +52,6 @@ def gate_command(
     """Judge a finished run against the live release: quality, index, vectors, data. Writes gate/verdict.json."""
     with exit_codes():
         from pipeline.gate.stage import Force, judge
-        from pipeline.spark import session
 
         if force and not (reason or "").strip():
             raise SettingsError("--force needs --reason TEXT: it is kept in the verdict for whoever asks later")
@@ -66,13 +64,8 @@ def gate_command(
             history = history or f"{home}/{NIGHTS}"
         live, past = None if against is None else Storage(against), [] if history is None else read_history(history)
         date = None if night is None else _date(night)
-        found = SparkSession.getActiveSession()
-        spark = found or session(loaded.resources.spark, loaded.task.name)
-        try:
+        with spark_session(loaded) as spark:
             verdict = judge(spark, Storage(loaded.resources.run), loaded, live, past, date, forced)
-        finally:
-            if found is None:
-                spark.stop()
         print_verdict(verdict)
         if verdict["verdict"] != "passed" and not verdict["forced"]:
             raise SystemExit(REFUSED)

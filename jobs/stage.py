@@ -32,7 +32,7 @@ from pipeline.contracts.datasets import RECEIPTS, Lineage, begin, code_version, 
 from pipeline.contracts.errors import PipelineError, ResourceError
 from pipeline.contracts.schemas import Stage
 from pipeline.contracts.storage import Storage
-from pipeline.spark import RUN, check_port, say, session
+from pipeline.spark import RUN, check_port, is_running, say, session
 
 RESOLVED = "settings.yaml"
 """The resolved settings, kept in the run's folder."""
@@ -223,7 +223,7 @@ class _LazySession:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._spark: SparkSession | None = None
-        self._found = SparkSession.getActiveSession() is not None
+        self._found = is_running()
 
     def __call__(self) -> SparkSession:
         if self._spark is None:

@@ -114,6 +114,11 @@ def _submitted_settings() -> dict[str, str]:
     return dict(SparkConf().getAll())
 
 
+def is_running() -> bool:
+    """Whether this process has a session. The active one would not tell: an interrupted call loses it."""
+    return SparkContext._active_spark_context is not None
+
+
 def check_port(port: int, setting: str) -> None:
     """Raise ResourceError if this machine's port is taken; setting is named in the message."""
     with socket.socket() as probe:

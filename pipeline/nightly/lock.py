@@ -9,9 +9,9 @@ was taken for dead notices at its next beat and stops.
 
 from __future__ import annotations
 
-import _thread
 import json
 import os
+import signal
 import socket
 import threading
 import time
@@ -82,7 +82,7 @@ class Lock:
                 if now - self._holder.beat_at < expiry / 2:
                     continue
                 self.lost = f"the lock could not be kept alive: {error}"
-            _thread.interrupt_main()
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # a wait in a call ends too
             return
 
     def free(self) -> None:
