@@ -180,7 +180,8 @@ def _drop_expired(catalogue: Catalogue, skew: float) -> None:
 def _delete(storage: Storage, name: str) -> None:
     """The record, so that it is no release; the manifests, so that it is no run; then the data."""
     storage.delete(record_path(name))
-    for dataset in storage.names(f"{RUNS}/{name}"):
-        storage.delete(f"{RUNS}/{name}/{dataset}/{MANIFEST}")
+    for path in storage.files(f"{RUNS}/{name}"):
+        if path.rpartition("/")[2] == MANIFEST:
+            storage.delete(f"{RUNS}/{name}/{path}")
     storage.delete(f"{RUNS}/{name}")
     storage.delete(f"{LEASES}/{name}")
