@@ -77,7 +77,7 @@ def read_history(url: str) -> list[dict[str, Any]]:
     for name in storage.names(""):
         if name.endswith(".json"):
             try:
-                tree = json.loads(storage.read_bytes(name))
+                tree = storage.read_with(name, json.loads)
                 if tree.get("status", "published") != "published":
                     continue
                 tree = tree.get("tonight") or tree

@@ -32,7 +32,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.contracts import conditional
-from pipeline.contracts.errors import StorageError
+from pipeline.contracts.errors import DataError, StorageError
 from pipeline.contracts.safety import holds_secret
 
 T = TypeVar("T")
@@ -110,7 +110,7 @@ class Storage:
         return data
 
     def read_with(self, path: str, parse: Callable[[bytes], T], span: tuple[int, int] | None = None) -> T:
-        """What parse makes of an object, or of a span of it. parse raises ValueError for bytes that are not as written.
+        """What parse makes of an object, or of a span of it; of bytes not as written it raises ValueError or DataError.
 
         Those are then asked for again if they came over a network, where an answer may be cut short; else, or in the
         end, its error is raised. Raises as read_bytes.
@@ -119,7 +119,7 @@ class Storage:
             data = self.read_bytes(path) if span is None else self.read_range(path, *span)
             try:
                 return parse(data)
-            except ValueError:
+            except (ValueError, DataError):
                 if not left:
                     raise
         raise AssertionError("unreachable")

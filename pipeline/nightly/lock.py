@@ -142,10 +142,9 @@ def take(site: Storage, night: str, run: str, clock: Callable[[], float], beat: 
 
 def _look(site: Storage) -> tuple[bytes | None, Holder | None]:
     try:
-        stored = site.read_bytes(LOCK)
+        return site.read_with(LOCK, lambda stored: (stored, _decode(stored, site.locate(LOCK))))
     except FileNotFoundError:
         return None, None
-    return stored, _decode(stored, site.locate(LOCK))
 
 
 def _held(site: Storage, holder: Holder, now: float, expiry: float) -> ConflictError:

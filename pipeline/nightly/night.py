@@ -156,7 +156,7 @@ def read(site: Storage, run: str) -> Night | None:
     """The decision of a run; None for a run that no night made. Raises DataError for one that cannot be read."""
     path = f"{RUNS}/{run}/{RECORD}"
     try:
-        return Night(**json.loads(site.read_bytes(path)))
+        return Night(**site.read_with(path, json.loads))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:

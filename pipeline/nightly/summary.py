@@ -34,7 +34,7 @@ def read(site: Storage, night: str) -> dict[str, Any] | None:
     """The summary of a night, None if there is none. Raises DataError for one that cannot be read."""
     path = f"{NIGHTS}/{night}.json"
     try:
-        tree = json.loads(site.read_bytes(path))
+        tree = site.read_with(path, json.loads)
         if not isinstance(tree["status"], str):
             raise ValueError("its status is no text")
     except FileNotFoundError:
@@ -55,7 +55,7 @@ def stages(run: Storage) -> list[dict[str, Any]]:
     """What the clock said of the run's stages, in their order."""
     names = set(run.names(METRICS))
     return [
-        json.loads(run.read_bytes(f"{METRICS}/{stage.name}.json")) for stage in STAGES if f"{stage.name}.json" in names
+        run.read_with(f"{METRICS}/{stage.name}.json", json.loads) for stage in STAGES if f"{stage.name}.json" in names
     ]
 
 

@@ -65,11 +65,11 @@ class Catalogue:
 
     def pointer(self) -> tuple[bytes | None, Pointer]:
         """The pointer, as stored and as read; None and an empty one before the first release. DataError if broken."""
+        where = self.storage.locate(LIVE)
         try:
-            data = self.storage.read_bytes(LIVE)
+            return self.storage.read_with(LIVE, lambda data: (data, unseal(Pointer, data, where, _MEND)))
         except FileNotFoundError:
             return None, Pointer()
-        return data, unseal(Pointer, data, self.storage.locate(LIVE), _MEND)
 
     def live(self) -> Pointer:
         """The pointer, if it names a release."""
@@ -85,20 +85,16 @@ class Catalogue:
 
     def _record(self, release: str) -> tuple[bytes, Record]:
         path = record_path(release)
+        where, mend = self.storage.locate(path), f"delete it and run `pinsage publish` on {RUNS}/{release} again"
         try:
-            data = self.storage.read_bytes(path)
+            data, record = self.storage.read_with(path, lambda data: (data, unseal(Record, data, where, mend)))
         except FileNotFoundError:
             raise DataError(
                 f"{self.storage.url} has no release {release}: it was never published, or `pinsage gc` deleted it; "
                 "`pinsage releases` lists those there are"
             ) from None
-        record = unseal(
-            Record, data, self.storage.locate(path), f"delete it and run `pinsage publish` on {RUNS}/{release} again"
-        )
         if record.release != release:
-            raise DataError(
-                f"{self.storage.locate(path)} is the record of release {record.release} under another name; delete it"
-            )
+            raise DataError(f"{where} is the record of release {record.release} under another name; delete it")
         return data, record
 
     def resolve(self, release: str, pointer: Pointer) -> Record:

@@ -101,7 +101,7 @@ def quality_of(storage: Storage, manifests: Mapping[str, Manifest]) -> dict[str,
 def verdict_of(storage: Storage) -> dict[str, Any] | None:
     """What the gate wrote in the run; None if it was not asked. Raises DataError for a verdict that says neither."""
     try:
-        tree = json.loads(storage.read_bytes(VERDICT))
+        tree = storage.read_with(VERDICT, json.loads)
         if tree["verdict"] not in ("passed", "refused"):
             raise ValueError(f"verdict is {tree['verdict']!r}")
     except FileNotFoundError:

@@ -142,7 +142,7 @@ def _holds(catalogue: Catalogue, pointer: Pointer, skew: float) -> dict[str, str
 def _being_built(storage: Storage, names: Sequence[str]) -> set[str]:
     """The run that the night in progress builds, by its lock."""
     try:
-        tree = json.loads(storage.read_bytes(LOCK))
+        tree = storage.read_with(LOCK, json.loads)
         values = {str(value).rstrip("/").rsplit("/", 1)[-1] for value in tree.values()}
     except FileNotFoundError:
         return set()

@@ -242,3 +242,24 @@ def test_pins_are_kept_until_unpinned(place: str) -> None:
         catalogue.unpin("a")
     with pytest.raises(DataError, match="has no release c"):
         catalogue.pin("c")
+
+
+@pytest.mark.parametrize("file", [LIVE, "releases/b.json"])
+def test_what_came_cut_short_over_the_network_is_asked_for_again(
+    place: str, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    """Once is an accident; what is always short is broken, and said to be."""
+    catalogue, whole, left = published(place, "a", "b"), Storage.read_bytes, [1]
+
+    def cut(storage: Storage, path: str) -> bytes:
+        data = whole(storage, path)
+        if path != file or not left[0]:
+            return data
+        left[0] -= 1
+        return data[:-30]
+
+    monkeypatch.setattr(Storage, "read_bytes", cut)
+    assert catalogue.resolve("live", catalogue.live()).release == "b"
+    left[0] = 100
+    with pytest.raises(DataError, match="is not what we wrote"):
+        catalogue.resolve("live", catalogue.live())
