@@ -38,8 +38,7 @@ def write_run(site: str, name: str, night: int, model: str = "model", items: int
     storage = Storage(f"{site}/runs/{name}")
     for path, data in _files(night, model, items).items():
         storage.write_bytes(path, data, lasting=False)
-    for file in ("settings.yaml", "night.json"):  # beside the datasets, as in every night's run
-        storage.write_bytes(file, b"task: {data: {}}\n", lasting=False)
+    storage.write_bytes("night.json", b"{}", lasting=False)  # beside the datasets, as in every night's run
     return storage
 
 

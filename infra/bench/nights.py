@@ -224,9 +224,11 @@ def measure_cost(folder: Path) -> dict[str, Any]:
     """A night that adds one event in a hundred, by a night of all of them from nothing."""
     events = pq.read_table(DEMO / "interactions.parquet").sort_by("timestamp")
     cut = round(0.99 * events.num_rows)
-    parts = {"2011-12-01": events.slice(0, cut), "2011-12-09": events.slice(cut)}
+    before = datetime.datetime.fromtimestamp(events.column("timestamp")[cut - 1].as_py(), datetime.timezone.utc)
+    first, last = before.date().isoformat(), "2011-12-09"
+    parts = {first: events.slice(0, cut), last: events.slice(cut)}
     seconds, metrics = {}, {}
-    for site, nights in (("grown", list(parts)), ("whole", ["2011-12-09"])):
+    for site, nights in (("grown", [first, last]), ("whole", [last])):
         home = folder / site
         (home / "events").mkdir(parents=True)
         shutil.copy(DEMO / "items.parquet", home)
@@ -237,7 +239,7 @@ def measure_cost(folder: Path) -> dict[str, Any]:
         tree["resources"] |= {"site": "site", "cache": str(home / "cache")}
         (home / "pinsage.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
         if site == "whole":
-            pq.write_table(parts["2011-12-01"], home / "events" / "2011-12-01.parquet")
+            pq.write_table(parts[first], home / "events" / f"{first}.parquet")
         for night in nights:
             pq.write_table(parts[night], home / "events" / f"{night}.parquet")
             command = [sys.executable, "-m", "jobs.cli", "nightly", "--settings", str(home / "pinsage.yaml")]
@@ -251,13 +253,13 @@ def measure_cost(folder: Path) -> dict[str, Any]:
                 f"{site} {night}: {seconds[f'{site} {night}']:.1f} s, {told['training']['plan']}; {by_stage}",
                 flush=True,
             )
-        found = json.loads((home / "site" / "runs" / "2011-12-09" / "evaluation" / "metrics.json").read_text())
+        found = json.loads((home / "site" / "runs" / last / "evaluation" / "metrics.json").read_text())
         metrics[site] = found["tasks"]["item_to_item"]["slices"]["all"]["methods"]["PinSage"]
     for name in ("mrr", "hit_rate@10"):
         one, other = (metrics[site][name] for site in ("grown", "whole"))
         whole = f"{other['mean']:.4f} from nothing, {other['low']:.4f} to {other['high']:.4f}"
         print(f"{name}: {one['mean']:.4f} grown, {whole}")
-    ratio = seconds["grown 2011-12-09"] / seconds["whole 2011-12-09"]
+    ratio = seconds[f"grown {last}"] / seconds[f"whole {last}"]
     return {"incremental_night_vs_full": ratio, "seconds": seconds, "quality": metrics}
 
 
