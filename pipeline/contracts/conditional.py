@@ -29,7 +29,7 @@ def write_if(filesystem: Any, full: str, expected: bytes | None, data: bytes, wr
     Contents must never repeat, as a network may lose the answer to a write that was done: tried again it is refused,
     and known as done by what then lies there. Raises StorageError for a protocol that has no such write.
     """
-    protocols = _protocols(filesystem)
+    protocols = protocols_of(filesystem)
     put = _puts(protocols)
     if put is not None:
         return _put(filesystem, full, expected, data, put)
@@ -50,7 +50,7 @@ def check(filesystem: Any, full: str) -> None:
 
     Leaves an object at full, or none.
     """
-    put = _puts(_protocols(filesystem))
+    put = _puts(protocols_of(filesystem))
     if put is None:
         return  # a lock decides, or write_if refuses
     put(filesystem, full, None, b"first")
@@ -69,7 +69,8 @@ def check(filesystem: Any, full: str) -> None:
             )
 
 
-def _protocols(filesystem: Any) -> set[str]:
+def protocols_of(filesystem: Any) -> set[str]:
+    """The names that a file system goes by."""
     return {filesystem.protocol} if isinstance(filesystem.protocol, str) else set(filesystem.protocol)
 
 

@@ -69,7 +69,7 @@ class Storage:
         self.url = url
         self._filesystem, root = retry(f"open {url}", lambda: filesystem_of(url))
         self.root = root.rstrip("/") or "/"
-        self._is_s3 = not set(_S3).isdisjoint(_protocols(self._filesystem))
+        self._is_s3 = not set(_S3).isdisjoint(conditional.protocols_of(self._filesystem))
 
     def __getstate__(self) -> str:
         return self.url
@@ -209,7 +209,7 @@ class Storage:
     def _store(self, action: str, full: str, write: Callable[[str], None]) -> None:
         """Let write fill the object, by way of a temporary name where readers could see it half written."""
         folder = self.root if self.is_local else ""
-        if _PUTS_WHOLE & _protocols(self._filesystem):
+        if _PUTS_WHOLE & conditional.protocols_of(self._filesystem):
             attempt = partial(write, full)
         else:
             attempt = partial(self._write_and_rename, full, write)
@@ -297,7 +297,7 @@ class Storage:
 
         before: only what was last written before that time, and below its folders too; then others may write.
         """
-        if _PUTS_WHOLE & _protocols(self._filesystem):
+        if _PUTS_WHOLE & conditional.protocols_of(self._filesystem):
             return
         old = self._list(path) if before is None else [n for n, (_, time) in self.files(path).items() if time < before]
         for name in old:
@@ -335,10 +335,6 @@ def filesystem_of(url: str) -> tuple[Any, str]:
     if options and hasattr(filesystem, "retries"):
         filesystem.retries = 1  # s3fs's own: botocore tries each request again, and `retry` all of them together
     return filesystem, path
-
-
-def _protocols(filesystem: Any) -> set[str]:
-    return {filesystem.protocol} if isinstance(filesystem.protocol, str) else set(filesystem.protocol)
 
 
 class _Ranges(io.RawIOBase):
@@ -383,7 +379,7 @@ def open_input(url: str, compression: str | None = None) -> Iterator[BinaryIO]:
     Raises FileNotFoundError, or what the file system raises; the caller explains it.
     """
     filesystem, path = filesystem_of(url)
-    if not _PUTS_WHOLE & _protocols(filesystem):
+    if not _PUTS_WHOLE & conditional.protocols_of(filesystem):
         with fsspec.open(url, "rb", compression=compression) as file:
             yield file
         return
