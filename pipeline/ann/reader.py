@@ -119,8 +119,12 @@ class Index:
 
     def vector(self, item_key: str) -> NDArray[np.float32]:
         """An item's embedding [d], as stored. Raises DataError with the nearest known keys if there is no such item."""
-        vector: NDArray[np.float32] = self._vectors(self.keys.known_rows([item_key]))[0]
+        vector: NDArray[np.float32] = self.vectors([item_key])[0]
         return vector
+
+    def vectors(self, item_keys: Sequence[str]) -> NDArray[np.float32]:
+        """As vector, of many [n, d]: every shard that holds some is read once."""
+        return self._vectors(self.keys.known_rows(item_keys))
 
     def _vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Embeddings of rows [n, d], read from the shards that hold them."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline.ann.reader import Index
 from pipeline.contracts import schemas
-from pipeline.contracts.datasets import Manifest, arrow_to_vectors, open_manifest, read_shard
+from pipeline.contracts.datasets import Manifest, open_manifest, read_shard
 from pipeline.contracts.errors import DataError
 from pipeline.contracts.sharding import sample_rows
 from pipeline.contracts.storage import Storage
@@ -40,16 +40,17 @@ def look(run: Storage, previous: Storage | None, cache: str | None, seed: int) -
 
     previous: the live release's run before, whose neighbours stand beside tonight's.
     """
-    items, embeddings = (open_manifest(run, dataset) for dataset in (schemas.ITEMS, schemas.EMBEDDINGS))
+    items, index = open_manifest(run, schemas.ITEMS), Index.open(run, cache)
     shards = sample_rows(len(items.shards), _SHARDS, seed).tolist()
     tables = [read_shard(run, items, shard, ["key", "id", "title", "degree"]) for shard in shards]
     rows = [row for table in tables for row in table.to_pylist()]
     chosen = sample_rows(len(rows), MAPPED, seed)
-    ids = np.array([rows[place]["id"] for place in chosen.tolist()])
-    places = flattened(_vectors(run, embeddings, ids))
+    places = flattened(index.vectors([rows[place]["key"] for place in chosen.tolist()]))
     shown = sorted(rows, key=lambda row: (-row["degree"], row["id"]))[:ITEMS]
     keys = [row["key"] for row in shown]
-    now, before = _neighbours(run, keys, cache), {} if previous is None else _neighbours(previous, keys, cache)
+    now, before = _neighbours(index, keys), {}
+    if previous is not None:
+        before = _neighbours(Index.open(previous, cache), keys)
     titles = _titles(run, items, {key for near in (*now.values(), *before.values()) for key in near})
     return {
         "map": [
@@ -77,21 +78,8 @@ def flattened(vectors: NDArray[np.floating]) -> NDArray[np.float64]:
     return flat
 
 
-def _vectors(run: Storage, embeddings: Manifest, ids: NDArray[np.integer]) -> NDArray[np.floating]:
-    found: list[NDArray[np.floating]] = []
-    first = 0
-    for number, shard in enumerate(embeddings.shards):
-        own = ids[(ids >= first) & (ids < first + shard.rows)] - first
-        if len(own):
-            column = read_shard(run, embeddings, number, ["embedding"]).column("embedding")
-            found.append(arrow_to_vectors(column)[own])
-        first += shard.rows
-    return np.concatenate(found)
-
-
-def _neighbours(run: Storage, keys: Sequence[str], cache: str | None) -> dict[str, list[str]]:
-    """Keys of the nearest items of those that the run has."""
-    index = Index.open(run, cache)
+def _neighbours(index: Index, keys: Sequence[str]) -> dict[str, list[str]]:
+    """Keys of the nearest items of those that the index has."""
     found = {}
     for key in keys:
         try:
