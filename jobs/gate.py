@@ -8,11 +8,11 @@
 from __future__ import annotations
 
 import datetime
+import getpass
 import json
-import os
 import sys
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -23,9 +23,13 @@ from jobs.stage import OverrideOption, SettingsOption, exit_codes, spark_session
 from pipeline.contracts.config import load_settings
 from pipeline.contracts.errors import DataError, SettingsError
 from pipeline.contracts.storage import Storage
+from pipeline.nightly.night import checked_date
 from pipeline.nightly.summary import NIGHTS
 from pipeline.releases.catalogue import Catalogue
 from pipeline.releases.records import RUNS
+
+if TYPE_CHECKING:
+    from pipeline.gate.stage import Force
 
 REFUSED = 3
 """Exit code of a refusal: what was asked was answered, and the answer is no."""
@@ -51,19 +55,16 @@ def gate_command(
 ) -> None:
     """Judge a finished run against the live release: quality, index, vectors, data. Writes gate/verdict.json."""
     with exit_codes():
-        from pipeline.gate.stage import Force, judge
+        from pipeline.gate.stage import judge
 
-        if force and not (reason or "").strip():
-            raise SettingsError("--force needs --reason TEXT: it is kept in the verdict for whoever asks later")
-        loaded = load_settings(settings, override or ())
-        forced = Force(os.environ.get("USER", "unknown"), reason or "") if force else None
+        forced, loaded = force_of(force, reason), load_settings(settings, override or ())
         site = loaded.resources.site
         if site is not None:
             home, released = site.rstrip("/"), Catalogue(site).pointer()[1].release
             against = against or (None if released is None else f"{home}/{RUNS}/{released}")
             history = history or f"{home}/{NIGHTS}"
         live, past = None if against is None else Storage(against), [] if history is None else read_history(history)
-        date = None if night is None else _date(night)
+        date = None if night is None else datetime.date.fromisoformat(checked_date(night))
         with spark_session(loaded) as spark:
             verdict = judge(spark, Storage(loaded.resources.run), loaded, live, past, date, forced)
         print_verdict(verdict)
@@ -87,11 +88,19 @@ def read_history(url: str) -> list[dict[str, Any]]:
     return sorted(found, key=lambda tree: str(tree["night"]))
 
 
-def _date(text: str) -> datetime.date:
+def force_of(force: bool, reason: str | None) -> Force | None:
+    """Who lets a refused run through, and why. Raises SettingsError for a force without a reason."""
+    if not force:
+        return None
+    if not (reason or "").strip():
+        raise SettingsError("--force needs --reason TEXT: it is kept in the verdict for whoever asks later")
+    from pipeline.gate.stage import Force
+
     try:
-        return datetime.date.fromisoformat(text)
-    except ValueError:
-        raise SettingsError(f"--night is {text!r}, expected a date such as 2011-03-05") from None
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container without a name for its user
+        user = "unknown"
+    return Force(user, reason or "")
 
 
 def print_verdict(verdict: Mapping[str, Any]) -> None:

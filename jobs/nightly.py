@@ -11,31 +11,33 @@ Exit codes: 0 published, 3 refused by the gate, 4 out of time, 1 an error, 130 i
 from __future__ import annotations
 
 import datetime
-import getpass
 import json
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from jobs.gate import REFUSED, print_verdict
+from jobs.gate import REFUSED, force_of, print_verdict, read_history
 from jobs.releases import site_of
 from jobs.stage import OverrideOption, SettingsOption, console, exit_codes, run_stages, spark_session
 from pipeline.contracts import schemas
 from pipeline.contracts.config import Settings, load_settings
 from pipeline.contracts.datasets import find_manifest, read_file, withdraw_broken
-from pipeline.contracts.errors import DataError, PipelineError, ResourceError, SettingsError
+from pipeline.contracts.errors import DataError, PipelineError, ResourceError
 from pipeline.contracts.storage import Storage
-from pipeline.gate.stage import Force, judge
-from pipeline.nightly import lock, night, page, summary
+from pipeline.nightly import lock, night, summary
 from pipeline.nightly.night import Night
 from pipeline.releases.catalogue import Catalogue
+from pipeline.releases.records import RUNS
 from pipeline.releases.retention import collect
+
+if TYPE_CHECKING:
+    from pipeline.gate.stage import Force
 
 _MENDED = 3
 """So often in a night is what lies damaged on storage made again."""
@@ -67,10 +69,8 @@ def nightly(
     if context.invoked_subcommand is not None:
         return
     with exit_codes():
-        loaded, name, forced = load_settings(settings, override or ()), night.checked_date(date), _force(force, reason)
-        site = _open(loaded)
-        with lock.hold(site, name, f"{night.RUNS}/{name}"):
-            steps = Steps(site, loaded, name)
+        forced = force_of(force, reason)
+        with steps_of(settings, override, date) as steps:
             tonight = steps.begin()
             if tonight is None and forced is not None:
                 tonight = steps.latest()  # the gate refused it, and somebody knows better
@@ -82,12 +82,9 @@ def nightly(
 def begin(date: NightOption = None, settings: SettingsOption = "pinsage.yaml", override: OverrideOption = None) -> None:
     """Decide what the night does, keep that, and print the settings for the stages' jobs."""
     with exit_codes():
-        loaded, name = load_settings(settings, override or ()), night.checked_date(date)
-        site = _open(loaded)
-        with lock.hold(site, name, f"{night.RUNS}/{name}"):
-            steps = Steps(site, loaded, name)
+        with steps_of(settings, override, date) as steps:
             tonight = steps.begin() or steps.latest()
-        print(f"{site.url.rstrip('/')}/{night.RUNS}/{tonight.run}/{night.SETTINGS}")
+        print(f"{steps.run_of(tonight.run).url}/{schemas.RESOLVED}")
 
 
 @app.command()
@@ -100,10 +97,8 @@ def finish(
 ) -> None:
     """Judge what the stages made, publish it or say why not, delete what is old, tell whoever waits."""
     with exit_codes():
-        loaded, name, forced = load_settings(settings, override or ()), night.checked_date(date), _force(force, reason)
-        site = _open(loaded)
-        with lock.hold(site, name, f"{night.RUNS}/{name}"):
-            steps = Steps(site, loaded, name)
+        forced = force_of(force, reason)
+        with steps_of(settings, override, date) as steps:
             tonight = steps.latest()
             with steps.failing(tonight):
                 code = steps.finish(tonight, forced)
@@ -117,6 +112,10 @@ class Steps:
         self.site, self.settings, self.name = site, settings, name
         self.catalogue = Catalogue(site.url)
         self.started = time.time()
+
+    def run_of(self, name: str) -> Storage:
+        """The folder of a run of the site."""
+        return Storage(f"{self.site.url.rstrip('/')}/{RUNS}/{name}")
 
     def begin(self) -> Night | None:
         """Decide, or take the decision of the interrupted night; None if the night has ended with the same data."""
@@ -223,11 +222,12 @@ class Steps:
         return 0
 
     def _judge(self, run: Storage, settings: Settings, live: str | None, forced: Force | None) -> dict[str, Any]:
-        past = [ended["tonight"] for ended in summary.read_all(self.site) if ended["status"] == "published"]
-        before = None if live is None else Storage(f"{self.site.url.rstrip('/')}/{night.RUNS}/{live}")
-        date = datetime.date.fromisoformat(self.name)
+        from pipeline.gate.stage import judge  # imported here, as are pages: what they need takes a while
+
+        past = read_history(f"{self.site.url.rstrip('/')}/{summary.NIGHTS}")
+        before, date = None if live is None else self.run_of(live), datetime.date.fromisoformat(self.name)
         with spark_session(settings) as spark:
-            return judge(spark, run, settings, before, [found for found in past if found], date, forced)
+            return judge(spark, run, settings, before, past, date, forced)
 
     def _tidy(self, tonight: Night) -> None:
         """Delete old releases and runs, and the layers of the run before: only the live one's are gone on from."""
@@ -239,14 +239,14 @@ class Steps:
             for name in {**gone.releases, **gone.runs}:
                 console.print(f"deleted {name}")
             if tonight.previous is not None:
-                self.site.delete(f"{night.RUNS}/{tonight.previous}/{schemas.LAYERS.name}")
+                self.site.delete(f"{RUNS}/{tonight.previous}/{schemas.LAYERS.name}")
         except PipelineError as error:
             console.print(f"[yellow]nothing old was deleted:[/] {escape(str(error))}", soft_wrap=True)
 
     def _tell(
         self, tonight: Night, status: summary.Status, reasons: list[str], verdict: Mapping[str, Any] | None = None
     ) -> None:
-        run = Storage(f"{self.site.url.rstrip('/')}/{night.RUNS}/{tonight.run}")
+        run = self.run_of(tonight.run)
         told = {
             "night": self.name, "run": tonight.run, "status": status, "reasons": reasons, "previous": tonight.previous,
             "files_read": None if tonight.appended is None else len(tonight.appended),
@@ -266,7 +266,9 @@ class Steps:
 
     def _draw(self, told: Mapping[str, Any], run: Storage | None) -> None:
         """The night's page; without one the night has ended all the same."""
-        before = None if told["previous"] is None else Storage(f"{self.site.url}/{night.RUNS}/{told['previous']}")
+        from pipeline.nightly import page
+
+        before = None if told["previous"] is None else self.run_of(told["previous"])
         try:
             nights = [ended for ended in summary.read_all(self.site) if ended["night"] <= self.name]
             seen = None
@@ -291,17 +293,14 @@ def _is_final(ended: Mapping[str, Any]) -> bool:
     return ended["status"] in ("published", "refused")
 
 
-def _open(settings: Settings) -> Storage:
-    """The site, if nights can run in it."""
-    site = Storage(site_of(settings))
+@contextmanager
+def steps_of(settings: str, override: list[str] | None, date: str | None) -> Iterator[Steps]:
+    """The steps of a night of the site that the settings name, which nobody else takes while the block runs."""
+    loaded, name = load_settings(settings, override or ()), night.checked_date(date)
+    site = Storage(site_of(loaded))
     site.check_writable()
-    return site
-
-
-def _force(force: bool, reason: str | None) -> Force | None:
-    if force and not (reason or "").strip():
-        raise SettingsError("--force needs --reason TEXT: it is kept in the verdict for whoever asks later")
-    return Force(getpass.getuser(), reason or "") if force else None
+    with lock.hold(site, name, f"{RUNS}/{name}"):
+        yield Steps(site, loaded, name)
 
 
 @contextmanager

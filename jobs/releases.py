@@ -19,9 +19,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jobs.stage import RESOLVED, OverrideOption, SettingsOption, exit_codes
+from jobs.stage import OverrideOption, SettingsOption, exit_codes
 from pipeline.contracts.config import Settings, load_settings
 from pipeline.contracts.errors import SettingsError
+from pipeline.contracts.schemas import RESOLVED
 from pipeline.releases.catalogue import Catalogue, Listed
 from pipeline.releases.retention import collect, make_plan
 

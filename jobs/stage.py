@@ -30,12 +30,9 @@ from pipeline.contracts import schemas
 from pipeline.contracts.config import Settings, dump_settings, load_settings
 from pipeline.contracts.datasets import RECEIPTS, Lineage, begin, code_version, find_manifest, is_up_to_date, trace
 from pipeline.contracts.errors import PipelineError, ResourceError
-from pipeline.contracts.schemas import Stage
+from pipeline.contracts.schemas import RESOLVED, Stage
 from pipeline.contracts.storage import Storage
 from pipeline.spark import RUN, check_port, is_running, say, session
-
-RESOLVED = "settings.yaml"
-"""The resolved settings, kept in the run's folder."""
 
 console = Console(stderr=True, highlight=False)
 

@@ -35,6 +35,7 @@ KERNELS = {
     "neighbourhoods": {"newcomers", "pairs", "walks"},
     "questions": {"evaluation", "gate", "pairs"},
     "ranking": {"evaluation", "gate", "questions"},
+    "releases": {"nightly"},
     "report": {"evaluation", "index", "nightly"},
     "shipping": {"neighbourhoods"},
     "sources": {"guess", "ingest", "newcomers"},

@@ -333,6 +333,8 @@ INDEX_PARTS = "index-parts"
 """Folder of the sample, the trained quantizer and the parts of an index that is being built."""
 INDEX_LOG = "index-log"
 """Folder of what the clock said of the index: no dataset, as equal runs differ in it."""
+RESOLVED = "settings.yaml"
+"""The resolved settings, kept in the run's folder."""
 METRICS = "metrics"
 """Folder of what the clock said of every stage: no dataset, as equal runs differ in it."""
 SCRATCH = {name: name for name in (INGEST.name, GRAPH.name, WALKS.name)} | {

@@ -87,7 +87,7 @@ def judge(
     found.sort(key=lambda check: ORDER.index(check.verdict))
     refused = any(check.verdict == "block" for check in found)
     verdict = {
-        "verdict": REFUSED if refused else PASSED, "passed": not refused, "run": tonight.name,
+        "verdict": REFUSED if refused else PASSED, "run": tonight.name,
         "live": before.name if before else None,
         "night": night.isoformat(), "judged_at": time.time(), "checks": [asdict(check) for check in found],
         "tonight": measured, "quality": quality, "space": space,

@@ -17,8 +17,9 @@ from pipeline.contracts import schemas
 from pipeline.contracts.config import Settings, dump_settings, select
 from pipeline.contracts.errors import DataError, SettingsError
 from pipeline.contracts.storage import Storage, describe_inputs
+from pipeline.releases.records import RUNS
 
-RECORD, SETTINGS, RUNS = "night.json", "settings.yaml", "runs"
+RECORD = "night.json"
 Plan = Literal["scratch", "warm", "reuse"]
 _OF_THE_MODEL = (*schemas.TRAIN.settings, *schemas.FEATURES_STAGE.settings)
 """Settings that the model of an earlier night must share."""
@@ -148,8 +149,8 @@ def write(site: Storage, night: Night, settings: Settings) -> str:
     """Keep the decision, and then the settings that follow from it; returns their URL."""
     folder = f"{RUNS}/{night.run}"
     site.write_bytes(f"{folder}/{RECORD}", json.dumps(asdict(night), indent=1).encode())
-    site.write_bytes(f"{folder}/{SETTINGS}", dump_settings(settings).encode())
-    return f"{site.url.rstrip('/')}/{folder}/{SETTINGS}"
+    site.write_bytes(f"{folder}/{schemas.RESOLVED}", dump_settings(settings).encode())
+    return f"{site.url.rstrip('/')}/{folder}/{schemas.RESOLVED}"
 
 
 def read(site: Storage, run: str) -> Night | None:

@@ -18,6 +18,7 @@ import yaml
 
 from pipeline.contracts.datasets import MANIFEST
 from pipeline.contracts.errors import DataError
+from pipeline.contracts.schemas import RESOLVED
 from pipeline.contracts.storage import Storage
 from pipeline.releases.catalogue import Catalogue
 from pipeline.releases.leases import LEASES, all_leases, held
@@ -26,7 +27,6 @@ from pipeline.releases.records import FOLDER, RUNS, Pointer, record_path
 DAY = 86_400.0
 LOCK = "lock.json"
 """Of the night in progress: any of its values that is a run's name or ends in `/NAME` keeps that run."""
-_SETTINGS = "settings.yaml"
 
 
 @dataclass(frozen=True)
@@ -159,12 +159,12 @@ def _needed(storage: Storage, runs: Sequence[str]) -> dict[str, str]:
     found = {}
     for name in runs:
         try:
-            tree = yaml.safe_load(storage.read_bytes(f"{RUNS}/{name}/{_SETTINGS}"))
+            tree = yaml.safe_load(storage.read_bytes(f"{RUNS}/{name}/{RESOLVED}"))
             previous = tree["task"]["data"].get("previous")
         except FileNotFoundError:
             continue
         except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-            where = storage.locate(f"{RUNS}/{name}/{_SETTINGS}")
+            where = storage.locate(f"{RUNS}/{name}/{RESOLVED}")
             raise DataError(f"{where} holds no settings ({error!r}); delete that run, or run it again") from None
         if previous:
             found[str(previous).rstrip("/").rsplit("/", 1)[-1]] = name
