@@ -64,14 +64,14 @@ def _files(night: int, model: str, items: int) -> dict[str, bytes]:
     embeddings = pa.table({"key": keys, "id": ids, "embedding": datasets.vectors_to_arrow(vectors)})
     shard = datasets.shard_name(0)
     commit(schemas.USERS, (), {shard: b"users"}, 1)
-    commit(schemas.ITEMS, (), {shard: datasets.encode_table(rows)}, items)
+    commit(schemas.ITEMS, (), {shard: datasets.encode_table(rows).tobytes()}, items)
     for graph in (schemas.ITEM_USERS, schemas.USER_ITEMS):
         commit(graph, (schemas.USERS, schemas.ITEMS), {shard: b"edges %d" % night}, items)
     commit(schemas.FEATURES, (schemas.ITEMS,), {shard: b"features %d" % night}, items)
     commit(schemas.ENCODERS, (schemas.ITEMS,), {"encoders.json": b"{}"}, 0)
     commit(schemas.NEIGHBOURS, (schemas.ITEM_USERS, schemas.USER_ITEMS), {shard: b"neighbours %d" % night}, items)
     commit(schemas.MODEL, (schemas.FEATURES, schemas.NEIGHBOURS), {"model.safetensors": model.encode()}, 0)
-    commit(schemas.EMBEDDINGS, schemas.INFERENCE.reads, {shard: datasets.encode_table(embeddings)}, items)
+    commit(schemas.EMBEDDINGS, schemas.INFERENCE.reads, {shard: datasets.encode_table(embeddings).tobytes()}, items)
     commit(schemas.INDEX, (schemas.EMBEDDINGS,), _index_files(keys, vectors), items)
     made_files = {path: storage.read_bytes(path) for path in storage.files("")}
     storage.delete("")

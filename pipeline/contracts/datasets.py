@@ -10,7 +10,6 @@ asks `finished_shard` and does only what is missing.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 import time
@@ -278,13 +277,14 @@ def shard_name(number: int) -> str:
     return f"part-{number:05d}.parquet"
 
 
-def encode_table(table: pa.Table) -> bytes:
+def encode_table(table: pa.Table) -> memoryview:
     """A table as Parquet bytes: zstd, one row group, the same bytes for the same rows. Vectors are as they are.
 
     Ids and times are stored as packed differences: of interactions a fifth smaller than Arrow's own choice, and written
-    and read in less than half the time.
+    and read in less than half the time. The least and largest of all numbers in a shard's vectors would tell nobody
+    anything, and cost as much as writing them.
     """
-    sink = io.BytesIO()
+    sink = pa.BufferOutputStream()
     leaves = dict(map(_leaf, table.schema))
     packed = [name for name, kind in leaves.items() if pa.types.is_integer(kind) and kind.bit_width >= 32]
     vectors = [name for name, kind in leaves.items() if pa.types.is_floating(kind) and "." in name]
@@ -295,9 +295,10 @@ def encode_table(table: pa.Table) -> bytes:
         row_group_size=max(1, table.num_rows),
         store_schema=True,
         use_dictionary=[name for name in leaves if name not in packed and name not in vectors],
+        write_statistics=[name for name in leaves if name not in vectors],
         column_encoding=dict.fromkeys(packed, "DELTA_BINARY_PACKED"),
     )
-    return sink.getvalue()
+    return memoryview(sink.getvalue())
 
 
 def _leaf(field: pa.Field) -> tuple[str, pa.DataType]:
@@ -316,7 +317,9 @@ def write_shard(storage: Storage, dataset: Dataset | str, number: int, table: pa
     return write_file(storage, name, shard_name(number), encode_table(table), lineage, rows=table.num_rows)
 
 
-def write_file(storage: Storage, name: str, file: str, data: bytes, lineage: Lineage, rows: int = 0) -> Shard:
+def write_file(
+    storage: Storage, name: str, file: str, data: bytes | memoryview, lineage: Lineage, rows: int = 0
+) -> Shard:
     """Store one file of a dataset that is not a table (a model, an index), with its receipt."""
     storage.write_bytes(f"{name}/{file}", data)
     return leave_receipt(storage, name, Shard(file, rows, len(data), hashlib.sha256(data).hexdigest()), lineage)
