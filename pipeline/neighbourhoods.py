@@ -39,6 +39,7 @@ from pipeline.contracts.replica import default_cache, forget, map_lists, map_val
 from pipeline.contracts.schemas import Dataset
 from pipeline.contracts.sharding import shard_bounds, shard_of
 from pipeline.contracts.storage import Storage
+from pipeline.differences import Noting
 from pipeline.exact_kernel import ONE, Found, Rows, compose, exact_neighbours
 from pipeline.exchange import gather, scatter
 from pipeline.shipping import Wanted, shard_graph, shard_rows, ship, wanted_rows, wanted_users
@@ -131,14 +132,14 @@ class Neighbourhoods:
 
     def store(
         self, dataset: Dataset, make: Callable[[int], pa.Table], label: str, metadata: Mapping[str, object],
-        in_order: bool = False,
+        in_order: bool = False, noting: Noting | None = None,
     ) -> Manifest:  # fmt: skip
         """Make a dataset of items from the rows that make returns for every shard of the work.
 
         in_order: the shards are of consecutive items under any strategy. What an interrupted attempt finished is kept.
         """
         if in_order or self._replicated:
-            return self._store(dataset, self.num_shards, make, label, metadata)
+            return self._store(dataset, self.num_shards, make, label, metadata, noting)
         done = finished_manifest(self._storage, dataset, self._lineage)
         if done is not None:
             return done
@@ -154,7 +155,7 @@ class Neighbourhoods:
         def receive(shard: int) -> pa.Table:
             return gather(storage, sent, shard, dataset.arrow).sort_by("id")
 
-        return self._store(dataset, num_shards, receive, f"{label}, in order", metadata)
+        return self._store(dataset, num_shards, receive, f"{label}, in order", metadata, noting)
 
     def store_rows(self, width: int) -> Manifest:
         """Every item's nearest items by the first hop, weights as shares of its mass, by shards of the work."""
@@ -339,11 +340,13 @@ class Neighbourhoods:
 
     def _store(
         self, dataset: Dataset | str, num_shards: int, make: Callable[[int], pa.Table], label: str,
-        metadata: Mapping[str, object],
+        metadata: Mapping[str, object], noting: Noting | None = None,
     ) -> Manifest:  # fmt: skip
         done = finished_manifest(self._storage, dataset, self._lineage)
         if done is not None:
             return done
+        if noting is not None:
+            return noting.store(self._spark, num_shards, make, label, metadata)
         begin(self._storage, dataset)
         shards = make_shards(self._spark, self._storage, dataset, self._lineage, num_shards, make, label)
         return commit(self._storage, dataset, shards, self._lineage, metadata)

@@ -39,7 +39,17 @@ Blocks = tuple[pa.Table, NDArray[np.integer]]
 """Rows, and the destination of each."""
 BlockStream = Iterator[tuple[int, pa.Table]]
 """Blocks made one after the other, by ascending destination."""
-Made: TypeAlias = "pa.Table | Blocks | BlockStream | NDArray[Any]"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A shard as its bytes."""
+
+    data: bytes | bytearray
+    rows: int
+
+
+Made: TypeAlias = "pa.Table | Encoded | Blocks | BlockStream | NDArray[Any]"
 """What a task makes for an output: a shard, blocks for destinations, or raw rows."""
 Report = dict[str, Any]
 
@@ -70,6 +80,8 @@ class Output:
         if self.raw:
             assert isinstance(made, np.ndarray)
             return write_rows(storage, self.name, number, made, lineage)
+        if isinstance(made, Encoded):
+            return write_file(storage, self.name, shard_name(number), memoryview(made.data), lineage, made.rows)
         if isinstance(made, tuple):
             return write_blocks(storage, self.name, number, made[0], made[1], self.destinations, lineage)
         if self.destinations:

@@ -1,7 +1,8 @@
 """Every item's nearest items by personalised PageRank, and their weights.
 
 Reads ITEM_USERS and USER_ITEMS; writes NEIGHBOURS. Estimator `exact` reads the first item-user-item hop and adds a
-second where that is short; `walks` counts the visits of random walks, as the paper. How the graph reaches the tasks,
+second where that is short; `walks` counts the visits of random walks, as the paper. Which lists are others than in an
+earlier run is noted. How the graph reaches the tasks,
 see `neighbourhoods`. A task makes one shard; memory: its rows, and with strategy `shuffle` its part of the graph.
 """
 
@@ -14,6 +15,7 @@ from pipeline.contracts import schemas
 from pipeline.contracts.config import Settings
 from pipeline.contracts.datasets import Lineage
 from pipeline.contracts.storage import Storage
+from pipeline.differences import Noting
 from pipeline.neighbourhoods import Neighbourhoods, blocks, choose, neighbour_rows
 from pipeline.spark import say
 
@@ -39,5 +41,6 @@ def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Line
             return neighbour_rows(items, (find(block) for block in blocks(items)))
 
     report = {"items": near.num_items, "num_neighbours": top, "strategy": choice.strategy, "reason": choice.reason}
-    near.store(schemas.NEIGHBOURS, make, "walks: top neighbours", report, in_order)
+    noting = Noting(storage, schemas.NEIGHBOURS, lineage, settings.task.data.previous)
+    near.store(schemas.NEIGHBOURS, make, "walks: top neighbours", report, in_order, noting)
     near.clean()

@@ -1,16 +1,18 @@
 """Items a second of inference against k-hop mini-batches, against the machine's own limit, and at ten times the size.
 
-    python -m infra.bench.inference              # 1 million items; --large 10000000 also for growth; --quick for a look
+    python -m infra.bench.inference              # 1 million items; --quick for a look
+    python -m infra.bench.inference --large 10000000 --nights 5000000      # growth too, and nights of that many items
 
 What runs is `pinsage inference` on a run folder, in processes of its own: T = 50 neighbours by the exact kernel on a
 graph of the generator, 384 features, two layers of 512 and 256, float16 between them, random weights. Its cost is all
 of the command's: Spark's start, reading, checking, writing, both cores. The naive way embeds batches of seeds by blocks
 of their 2-hop neighbourhoods, T = 50 at both layers, in DGL's message passing (or, without DGL, this project's own
 layers), and is timed on a few batches. The roofline is what the same machine needs for a block's matrix products by
-torch and for its 2 x 50 random rows by torch's embedding_bag, both cores at work, and nothing else. `shuffle` runs on
-the smallest catalogue: seconds, and bytes sent per item, beside what `pinsage plan` says. Last, on a catalogue of
-planted communities, one item in a hundred changes, whole communities at a time, and a run goes on from the kept layers
-of the one before: its core-seconds by those of a whole run, and the same bytes.
+torch and for its 2 x 50 random rows by torch's embedding_bag, both cores at work, and nothing else, at every size.
+`shuffle` runs on the smallest catalogue: seconds, and bytes sent per item, beside what `pinsage plan` says. Last, on a
+catalogue of planted communities, one item in a hundred changes, whole communities at a time, and a run goes on from the
+kept layers of the one before: its core-seconds, and those of noting which of tonight's features and lists differ, by
+those of a whole run; and the same bytes.
 
 The last line is one JSON object. A peer that is not installed is left out, and its figures are null.
 """
@@ -59,6 +61,7 @@ from pipeline.contracts.datasets import (
 )
 from pipeline.contracts.sharding import count_shards, shard_bounds
 from pipeline.contracts.storage import Storage
+from pipeline.differences import Noting
 from pipeline.exact_kernel import exact_neighbours
 
 NEIGHBOURS, WIDTH, HIDDEN, OUTPUTS, BUDGET = 50, 384, 512, 256, 1024
@@ -68,8 +71,8 @@ COMMUNITY, OUTSIDE = 500, 200
 """Items of a planted community; of so many neighbours one is from anywhere."""
 CHANGED = 0.01
 KEYS = (
-    "items_per_s_per_core", "items_per_s_vs_khop", "vs_roofline", "growth_1m_to_10m", "shuffle_vs_gather",
-    "shuffled_bytes_per_item", "incremental_vs_full",
+    "items_per_s_per_core", "items_per_s_vs_khop", "vs_roofline", "vs_roofline_large", "growth_1m_to_10m",
+    "shuffle_vs_gather", "shuffled_bytes_per_item", "incremental_vs_full",
 )  # fmt: skip
 
 
@@ -82,14 +85,19 @@ def network_settings() -> Model:
 
 
 def write_run(
-    folder: Path, items: int, seed: int, communities: bool = False, changed: NDArray[np.int64] | None = None
-) -> None:
-    """Store what inference reads; features are random, ids in no order.
+    folder: Path, items: int, seed: int, communities: bool = False, changed: NDArray[np.int64] | None = None,
+    previous: Path | None = None,
+) -> float:  # fmt: skip
+    """Store what inference reads; features are random, ids in no order. Returns core-seconds of noting what differs.
 
     Neighbours are those of a generated graph or, with communities, mostly of an item's own community. Of the items in
     `changed` every first one gets other features, every second one another list.
     """
     storage, random = Storage(str(folder / "run")), np.random.default_rng(seed)
+    url = None if previous is None else str(previous / "run")
+    notings = {d: Noting(storage, d, LINEAGE, url) for d in (schemas.FEATURES, schemas.NEIGHBOURS)}
+    noted: dict[schemas.Dataset, list[dict[str, Any]]] = {dataset: [] for dataset in notings}
+    spent = 0.0
     places = random.permutation(items)
     numbers = np.argsort(places).astype(np.uint32)
     find: Callable[..., tuple[NDArray[Any], ...]] = partial(planted_neighbours, items=items, seed=seed)
@@ -126,9 +134,17 @@ def write_run(
         for dataset, arrays in columns.items():
             table = pa.table(arrays, names=[column.name for column in dataset.columns or ()])
             shards[dataset].append(write_shard(storage, dataset, shard, table, LINEAGE))
+            began = time.process_time()
+            if dataset in notings:
+                noted[dataset].append(notings[dataset].note(shard, table))
+            spent += time.process_time() - began
     for dataset, written in shards.items():
-        commit(storage, dataset, written, LINEAGE)
+        told = {"num_neighbours": NEIGHBOURS} if dataset is schemas.NEIGHBOURS else {}
+        whole = commit(storage, dataset, written, LINEAGE, told)
+        if dataset in notings:
+            notings[dataset].commit(whole, noted[dataset])
     write_model(storage, items, seed)
+    return spent
 
 
 def planted_neighbours(
@@ -201,7 +217,7 @@ def measure_incremental(folder: Path, items: int, seed: int) -> dict[str, Any]:
     chosen = communities[: max(1, round(CHANGED * items / COMMUNITY))]
     changed = np.flatnonzero(np.isin(places // COMMUNITY, chosen))
     write_run(last, items, seed, communities=True)
-    write_run(tonight, items, seed, communities=True, changed=changed)
+    noting = write_run(tonight, items, seed, communities=True, changed=changed, previous=last)
     full = embed(last, "resources.inference.keep_layers=true", "resources.inference.reducer=gather")
     some = embed(tonight, f"task.data.previous={last / 'run'}")
     made = open_manifest(Storage(str(tonight / "run")), schemas.EMBEDDINGS)
@@ -209,14 +225,15 @@ def measure_incremental(folder: Path, items: int, seed: int) -> dict[str, Any]:
     again = open_manifest(Storage(str(tonight / "run")), schemas.EMBEDDINGS)
     assert [shard.sha256 for shard in made.shards] == [shard.sha256 for shard in again.shards]
     remade = made.metadata["remade"]
-    share = some["core_seconds"] / whole["core_seconds"]
+    share = (some["core_seconds"] + noting) / whole["core_seconds"]
     print(
         f"incremental: {len(changed):,} items changed; {remade}; {some['seconds']:.1f} s against "
-        f"{whole['seconds']:.1f}, {some['core_seconds']:.0f} core-seconds against {whole['core_seconds']:.0f}: "
-        f"{share:.3f}; the same bytes",
+        f"{whole['seconds']:.1f}, {some['core_seconds']:.0f} core-seconds and {noting:.1f} of noting against "
+        f"{whole['core_seconds']:.0f}: {share:.3f}; the same bytes",
         flush=True,
     )
-    return {"incremental_vs_full": share, "incremental": some, "whole": whole, "kept": full, "remade": remade}
+    found = {"incremental_vs_full": share, "incremental": some, "whole": whole, "kept": full, "remade": remade}
+    return found | {"noting_core_seconds": noting}
 
 
 # ------------------------------------------------------------------------------------------------ peers
@@ -272,7 +289,9 @@ def roofline_seconds_per_item(items: int) -> dict[str, float]:
     cores, rows = measure.num_cores(), 1024
     shapes = [(WIDTH, HIDDEN), (WIDTH + HIDDEN, OUTPUTS), (OUTPUTS, HIDDEN), (OUTPUTS + HIDDEN, OUTPUTS)]
     shapes += [(OUTPUTS, OUTPUTS)] * 2
-    layer = torch.rand(items, HIDDEN).half()
+    layer = torch.empty(items, HIDDEN, dtype=torch.float16)
+    for part in layer.split(1 << 18):
+        part.copy_(torch.rand(len(part), HIDDEN))
 
     def products(_: int) -> float:
         torch.set_num_threads(1)  # a setting of the thread that calls
@@ -318,8 +337,8 @@ def planned_bytes(folder: Path, items: int) -> float:
     return float(step["shuffle_bytes"]) / items
 
 
-def run(items: int, large: int, batch: int, batches: int, seed: int, folder: Path) -> dict[str, Any]:
-    """Measure, print, and return what the last line says; large 0 leaves growth out."""
+def run(items: int, large: int, nights: int, batch: int, batches: int, seed: int, folder: Path) -> dict[str, Any]:
+    """Measure, print, and return what the last line says; large 0 leaves growth out, nights 0 the incremental run."""
     about, results = measure.machine(), dict.fromkeys(KEYS)
     print("\n".join(f"{name:12} {value}" for name, value in about.items()), flush=True)
     costs: dict[int, float] = {}
@@ -340,30 +359,32 @@ def run(items: int, large: int, batch: int, batches: int, seed: int, folder: Pat
         if size == items:
             results |= measure_peers(here, size, batch, batches, seed, costs[size], took["seconds"])
         shutil.rmtree(here)
-    results |= measure_incremental(folder / "nights", items, seed)
+        limit = roofline_seconds_per_item(size)
+        ratio = costs[size] / sum(limit.values())
+        print(
+            f"roofline: {1e6 * limit['gemm']:.1f} core-us of products and {1e6 * limit['rows']:.1f} of rows; "
+            f"gather takes {ratio:.2f} times that",
+            flush=True,
+        )
+        results |= {"vs_roofline" if size == items else "vs_roofline_large": ratio, f"roofline {size}": limit}
+    if nights:
+        results |= measure_incremental(folder / "nights", nights, seed)
     results["items_per_s_per_core"] = 1 / costs[items]
     if large:
         results["growth_1m_to_10m"] = costs[large] / costs[items]
     after = measure.load()
     print(f"load average {about['load']} before, {after} after\n")
-    sizes = {"items": items, "large": large, "batch": batch, "batches": batches}
+    sizes = {"items": items, "large": large, "nights": nights, "batch": batch, "batches": batches}
     return results | {"sizes": sizes, "machine": about | {"load_after": after}}
 
 
 def measure_peers(
     here: Path, items: int, batch: int, batches: int, seed: int, cost: float, seconds: float
 ) -> dict[str, Any]:
-    """The naive way, the roofline, and the other reducer, on one run folder."""
+    """The naive way, and the other reducer, on one run folder."""
     name, naive = khop_seconds_per_item(here, items, batch, batches, seed)
     print(
         f"k-hop mini-batches of {batch} ({name}): {1e6 * naive:,.0f} core-us an item, {naive / cost:.1f} times",
-        flush=True,
-    )
-    limit = roofline_seconds_per_item(items)
-    least = sum(limit.values())
-    print(
-        f"roofline: {1e6 * limit['gemm']:.1f} core-us of products and {1e6 * limit['rows']:.1f} of rows; "
-        f"gather takes {cost / least:.2f} times that",
         flush=True,
     )
     took = embed(here, "resources.inference.reducer=shuffle")
@@ -378,8 +399,8 @@ def measure_peers(
         flush=True,
     )
     return {
-        "items_per_s_vs_khop": naive / cost, "khop": name, "vs_roofline": cost / least, "roofline": limit,
-        "shuffle": took, "shuffle_vs_gather": took["seconds"] / seconds, "shuffled_bytes_per_item": sent,
+        "items_per_s_vs_khop": naive / cost, "khop": name, "shuffle": took,
+        "shuffle_vs_gather": took["seconds"] / seconds, "shuffled_bytes_per_item": sent,
         "partial_rows_per_item": rows / items, "planned_bytes_per_item_2b": planned_bytes(here, 2_000_000_000),
     }  # fmt: skip
 
@@ -389,14 +410,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="100 000 items: for a look")
     parser.add_argument("--items", type=int)
     parser.add_argument("--large", type=int, help="items of the catalogue that growth is measured with; 0 is none")
+    parser.add_argument("--nights", type=int, help="items of the catalogue that goes on from a night before; 0 is none")
     parser.add_argument("--batch", type=int, default=1024, help="seeds of a k-hop mini-batch")
     parser.add_argument("--batches", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where runs are made: needs 8 GB of disk for a million items")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     items, large = given.items or (100_000 if given.quick else 1_000_000), given.large or 0
+    nights = items if given.nights is None else given.nights
     with tempfile.TemporaryDirectory(prefix="bench-inference-", dir=given.folder) as folder:
-        print(json.dumps(run(items, large, given.batch, given.batches, given.seed, Path(folder)), default=float))
+        found = run(items, large, nights, given.batch, given.batches, given.seed, Path(folder))
+        print(json.dumps(found, default=float))
 
 
 if __name__ == "__main__":

@@ -58,6 +58,17 @@ def read_own_rows(storage: Storage, manifest: Manifest, number: int) -> NDArray[
     return np.frombuffer(data, manifest.metadata["dtype"]).reshape(-1, manifest.metadata["width"])
 
 
+def read_range(storage: Storage, manifest: Manifest, start: int, stop: int) -> NDArray[Any]:
+    """Rows [start, stop), of the shards that hold them, checked as read_own_rows does; none, if stop is not larger."""
+    pieces, first = [np.zeros((0, manifest.metadata["width"]), manifest.metadata["dtype"])], 0
+    for number, shard in enumerate(manifest.shards):
+        low, high = max(start, first), min(stop, first + shard.rows)
+        if low < high:
+            pieces.append(read_own_rows(storage, manifest, number)[low - first : high - first])
+        first += shard.rows
+    return np.concatenate(pieces)
+
+
 @dataclass(frozen=True)
 class Table:
     """All rows of a dataset, memory-mapped: rows [R, width], and where each shard's first row is."""

@@ -323,6 +323,8 @@ STAGES = (
 )
 """In the order that `pinsage run` runs them."""
 
+DIFFERENCES = "differences"
+"""Folder of what features and walks note of their rows: digests, and the rows that an earlier run has otherwise."""
 EXCHANGE = "neighbour_edges"
 """Folder of what inference by shuffle works out once per neighbour table, and keeps for later models."""
 TRAINING = "training"

@@ -1,4 +1,4 @@
-"""What differs between two nights: vectors, lists, and which lists the differences reach. numpy in, numpy out."""
+"""What differs between two nights, and which lists the differences reach. numpy in, numpy out."""
 
 from __future__ import annotations
 
@@ -6,27 +6,11 @@ from typing import Any
 
 import numba
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.contracts.datasets import Manifest, arrow_to_lists
 from pipeline.mixing import read_only
 
 _ZERO, _ONE, _SIX, _MASK = np.uint64(0), np.uint64(1), np.uint64(6), np.uint64(63)
-
-
-def same_shards(now: Manifest, then: Manifest, start: int, stop: int) -> bool:
-    """Whether rows [start, stop) lie in shards of the same bytes, so that nobody has to look."""
-
-    def covering(manifest: Manifest) -> list[tuple[int, str]]:
-        firsts = np.concatenate([[0], np.cumsum([shard.rows for shard in manifest.shards])])
-        return [
-            (int(firsts[number]), shard.sha256)
-            for number, shard in enumerate(manifest.shards)
-            if firsts[number] < stop and firsts[number + 1] > start
-        ]
-
-    return covering(now) == covering(then)
 
 
 def same_vectors(now: NDArray[Any], then: NDArray[Any]) -> NDArray[np.bool_]:
@@ -39,19 +23,6 @@ def same_vectors(now: NDArray[Any], then: NDArray[Any]) -> NDArray[np.bool_]:
     return result
 
 
-def same_lists(now: pa.Table, then: pa.Table) -> NDArray[np.bool_]:
-    """Which rows of NEIGHBOURS are the same, ids and weights."""
-    result = np.zeros(now.num_rows, np.bool_)
-    _same_lists(_columns(now), _columns(then), result)
-    return result
-
-
-def _columns(lists: pa.Table) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    indptr, ids = arrow_to_lists(lists.column("neighbours"))
-    weights = arrow_to_lists(lists.column("weights"))[1]
-    return read_only(indptr, np.int64), read_only(ids), read_only(weights).view("u4")
-
-
 def as_bits(ids: NDArray[np.integer], size: int) -> NDArray[np.uint64]:
     """A set of ids below size, one bit for each that could be."""
     bits = np.zeros((size >> 6) + 1, np.uint64)
@@ -59,10 +30,10 @@ def as_bits(ids: NDArray[np.integer], size: int) -> NDArray[np.uint64]:
     return bits
 
 
-def rows_with(bits: NDArray[np.uint64], indptr: NDArray[np.integer], ids: NDArray[np.uint32]) -> NDArray[np.bool_]:
-    """Which lists have an id of the set."""
-    result = np.zeros(len(indptr) - 1, np.bool_)
-    _find(bits, read_only(indptr, np.int64), read_only(ids), result)
+def rows_with(bits: NDArray[np.uint64], lists: NDArray[np.uint32]) -> NDArray[np.bool_]:
+    """Which rows [n, T] have an id of the set."""
+    result = np.zeros(len(lists), np.bool_)
+    _find(bits, read_only(lists), result)
     return result
 
 
@@ -76,20 +47,6 @@ def _same_rows(now: Any, then: Any, result: Any) -> None:
 
 
 @numba.njit(nogil=True, cache=True)
-def _same_lists(now: Any, then: Any, result: Any) -> None:
-    starts, ids, weights = now
-    old_starts, old_ids, old_weights = then
-    for row in range(len(result)):
-        start, old = starts[row], old_starts[row]
-        length = starts[row + 1] - start
-        same = length == old_starts[row + 1] - old
-        if same:
-            for k in range(length):
-                same &= ids[start + k] == old_ids[old + k] and weights[start + k] == old_weights[old + k]
-        result[row] = same
-
-
-@numba.njit(nogil=True, cache=True)
 def _set(ids: Any, bits: Any) -> None:
     for k in range(len(ids)):
         place = np.uint64(ids[k])
@@ -97,10 +54,10 @@ def _set(ids: Any, bits: Any) -> None:
 
 
 @numba.njit(nogil=True, cache=True)
-def _find(bits: Any, indptr: Any, ids: Any, result: Any) -> None:
+def _find(bits: Any, lists: Any, result: Any) -> None:
     for row in range(len(result)):
-        for k in range(indptr[row], indptr[row + 1]):
-            place = np.uint64(ids[k])
-            if (bits[place >> _SIX] >> (place & _MASK)) & _ONE != _ZERO:
-                result[row] = True
-                break
+        found = _ZERO
+        for k in range(lists.shape[1]):
+            place = np.uint64(lists[row, k])
+            found |= bits[place >> _SIX] >> (place & _MASK)
+        result[row] = (found & _ONE) != _ZERO

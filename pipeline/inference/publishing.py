@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numba
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.contracts import schemas
@@ -18,13 +20,16 @@ from pipeline.contracts.datasets import (
     find_manifest,
     open_manifest,
     read_rows,
+    read_stored,
     vectors_to_arrow,
 )
 from pipeline.contracts.errors import PipelineError
+from pipeline.contracts.patching import find_vectors
 from pipeline.contracts.storage import Storage
 from pipeline.inference.halves import as_single
 from pipeline.inference.network import Array
-from pipeline.steps import Report
+from pipeline.mixing import read_only
+from pipeline.steps import Encoded, Report
 
 STILL = 0.99
 """An item whose embedding has a smaller cosine with its former one has moved."""
@@ -46,8 +51,48 @@ class Publisher:
         """The rows of items [start, stop), and what describe needs of them; then are the earlier run's, if known."""
         known = read_rows(self._storage, self._items, start, stop, ["key", "id", "degree"])
         table = pa.table({"key": known["key"], "id": known["id"], "embedding": vectors_to_arrow(vectors)})
-        report = {**_statistics(vectors), "without_edges": pc.sum(pc.equal(known["degree"], 0)).as_py() or 0}
+        report = {**_statistics(vectors), **_without_edges(known)}
         return table, report | {"drift": self._drift(start, known["key"], vectors, then)}
+
+    def renewed(
+        self, start: int, stop: int, ids: NDArray[np.int64], vectors: Array
+    ) -> tuple[pa.Table | Encoded, Report]:
+        """The rows of items [start, stop): the earlier run's, with the vectors of the items ids, ascending, in place.
+
+        Where a shard of the earlier run has just these items, its bytes serve, else they are made of its rows.
+        """
+        known = read_rows(self._storage, self._items, start, stop, ["key", "degree"])
+        data = self._former_bytes(start, stop, known["key"])
+        try:
+            places = None if data is None else find_vectors(data, "embedding")
+        except ValueError:
+            places = None
+        if data is None or places is None or (places.dtype, places.width) != (vectors.dtype, vectors.shape[1]):
+            whole = np.zeros((stop - start, vectors.shape[1]), vectors.dtype)
+            rows = self.former(start, stop)
+            if rows is not None:
+                whole[: rows.num_rows] = arrow_to_vectors(rows["embedding"])
+            whole[ids - start] = vectors
+            return self.rows(start, stop, whole, rows)
+        whole, copy = places.read(data), bytearray(data)
+        then = whole[ids - start]
+        whole[ids - start] = vectors
+        places.replace(copy, ids - start, vectors)
+        drift = _drift(as_single(vectors), as_single(then))
+        same = len(whole) - len(ids)
+        drift = {"compared": len(whole), "cosines": drift["cosines"] + same, "moved": drift["moved"]}
+        return Encoded(copy, len(whole)), {**_statistics(whole), **_without_edges(known), "drift": drift}
+
+    def _former_bytes(self, start: int, stop: int, keys: pa.ChunkedArray) -> bytes | None:
+        """The earlier run's shard of just these items; None if it has none, or they had other keys."""
+        former, earlier, first = self._former, self._earlier, 0
+        for shard in () if former is None else former.shards:
+            if (first, first + shard.rows) == (start, stop) and earlier is not None and former is not None:
+                data = read_stored(earlier, former.dataset, shard)
+                found = pq.read_table(pa.BufferReader(data), columns=["key"])["key"]
+                return data if found.equals(keys) else None
+            first += shard.rows
+        return None
 
     def describe(self, reports: list[Report]) -> dict[str, Any]:
         """What the manifest says of all embeddings.
@@ -86,10 +131,7 @@ class Publisher:
         if then.shape[1] != vectors.shape[1]:
             return None
         same = pc.equal(keys.slice(0, len(then)), rows["key"]).to_numpy()
-        now = as_single(vectors[: len(then)])
-        lengths = np.sqrt(_products(now, now) * _products(then, then))
-        cosines = np.where(lengths > 0, _products(now, then) / np.where(lengths > 0, lengths, 1), 1.0)[same]
-        return {"compared": len(cosines), "cosines": float(cosines.sum()), "moved": int((cosines < STILL).sum())}
+        return _drift(as_single(vectors[: len(then)])[same], then[same])
 
     def _described_drift(self, reports: list[Report]) -> dict[str, Any] | None:
         compared = sum(report["compared"] for report in reports)
@@ -113,16 +155,27 @@ def _former(url: str | None) -> tuple[Storage | None, Manifest | None]:
         return None, None
 
 
-def _products(one: Array, other: Array) -> NDArray[np.float64]:
-    """Inner products row by row [n]."""
-    products: NDArray[np.float64] = np.einsum("ij,ij->i", one, other, dtype=np.float64)
-    return products
+def _drift(now: NDArray[np.float32], then: NDArray[np.float32]) -> Report:
+    """How far vectors [n, d] are from where they were, by their cosines."""
+    products = np.empty((3, len(now)), np.float64)
+    _multiply(read_only(now), read_only(now), products[0])
+    _multiply(read_only(then), read_only(then), products[1])
+    _multiply(read_only(now), read_only(then), products[2])
+    lengths = np.sqrt(products[0] * products[1])
+    cosines = np.where(lengths > 0, products[2] / np.where(lengths > 0, lengths, 1), 1.0)
+    return {"compared": len(cosines), "cosines": float(cosines.sum()), "moved": int((cosines < STILL).sum())}
+
+
+def _without_edges(items: pa.Table) -> Report:
+    return {"without_edges": pc.sum(pc.equal(items["degree"], 0)).as_py() or 0}
 
 
 def _statistics(vectors: Array) -> Report:
     """Of a shard's embeddings: how many, how many are all zeros, their lengths, and their sum."""
-    single = as_single(vectors)
-    squares = _products(single, single)
+    single = read_only(as_single(vectors))
+    squares, sums = np.empty(len(single), np.float64), np.zeros(single.shape[1], np.float64)
+    _multiply(single, single, squares)
+    _add_up(single, sums)
     norms = np.sqrt(squares)
     return {
         "items": len(norms),
@@ -130,5 +183,22 @@ def _statistics(vectors: Array) -> Report:
         "norm_sum": float(norms.sum()),
         "norm_squares": float(squares.sum()),
         "norms": [float(norms.min()), float(norms.max())] if len(norms) else [],
-        "sums": single.sum(axis=0, dtype=np.float64).tolist(),
+        "sums": sums.tolist(),
     }
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"reassoc"})
+def _multiply(one: Any, other: Any, products: Any) -> None:
+    """Inner products row by row, in float64."""
+    for row in range(len(products)):
+        total = 0.0
+        for j in range(one.shape[1]):
+            total += np.float64(one[row, j]) * np.float64(other[row, j])
+        products[row] = total
+
+
+@numba.njit(nogil=True, cache=True)
+def _add_up(rows: Any, sums: Any) -> None:
+    for row in range(len(rows)):
+        for j in range(len(sums)):
+            sums[j] += rows[row, j]

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pyspark.sql import SparkSession
 
 from pipeline.contracts import schemas
@@ -26,14 +27,16 @@ from pipeline.contracts.datasets import (
     begin,
     finished_manifest,
     open_manifest,
+    read_rows,
 )
 from pipeline.contracts.rows import describe_rows, read_own_rows
 from pipeline.contracts.storage import Storage
 from pipeline.inference.choice import make_reducer
+from pipeline.inference.earlier import CONTENT, LISTS, WEIGHTS, as_kept, find_earlier, num_neighbours
 from pipeline.inference.halves import as_single
-from pipeline.inference.incremental import AGAIN, Incremental, TooDifferentError, find_earlier
+from pipeline.inference.incremental import AGAIN, Incremental, TooDifferentError, find_changes
 from pipeline.inference.network import Array, Network, filled, in_blocks
-from pipeline.inference.reducers import Gather, Reducer
+from pipeline.inference.reducers import Gather, Reducer, read_lists
 from pipeline.inference.sums import exponent_of, largest_of, quantum
 from pipeline.inference.vectors import as_stored
 from pipeline.spark import Task, say
@@ -52,18 +55,19 @@ def _from_earlier(
 ) -> bool:
     """Whether the embeddings could be made from those of an earlier run."""
     earlier, reason = find_earlier(storage, settings, lineage, network)
-    if earlier is None:
-        if reason:
-            say(f"inference: all items, as {reason}")
+    changes = None if earlier is None else find_changes(storage, earlier)
+    if earlier is None or changes is None:
+        if reason or earlier is not None:
+            say(f"inference: all items, as {reason or 'it is not known what changed of features and neighbours'}")
         return False
-    changed, keeps = Incremental(spark, storage, settings, lineage, network, earlier), False
+    incremental, keeps = Incremental(spark, storage, settings, lineage, network, earlier, changes), False
     try:
-        changed.run()
+        incremental.run()
         keeps = settings.resources.inference.keep_layers
         if keeps:
-            changed.keep()
-    except TooDifferentError:
-        say("inference: all items, as the largest values of a layer changed by a power of two")
+            incremental.keep()
+    except TooDifferentError as error:
+        say(f"inference: all items, as {error}")
         storage.delete(AGAIN)
         return False
     remade = open_manifest(storage, schemas.EMBEDDINGS).metadata["remade"]
@@ -81,6 +85,8 @@ def _run_all(spark: SparkSession, storage: Storage, settings: Settings, lineage:
         layers.embed()
     else:
         layers.project()
+        if keeps:
+            layers.keep_lists()
     for layer in range(network.num_layers):
         layers.combine(layer)
     reducer.finish()
@@ -104,14 +110,38 @@ class Layers:
         """Map: what every item says to its neighbours in the first layer."""
         if self._is_done("project layer 1"):
             return
-        network, hidden, stored = self.network, self._hidden(0), self._stored(self.layer_dtype)
+        network, reducer, stored, keeps = self.network, self.reducer, self._stored(self.layer_dtype), self.keeps
+        def make(task: Task) -> tuple[Sequence[Made], Report]:
+            ids, features, keep = reducer.ids(task["shard"]), reducer.features(task["shard"]), stored(task["shard"])
+            own = _standardised(network, ids, features)
+            projected = in_blocks(lambda part: keep(part, network.project(0, own(part))), len(ids))
+            made = [projected, features] if keeps else [projected]
+            return made, {**_widths(projected=projected), "content": [features.dtype.str, features.shape[1]]}
+
+        outputs = [self._raw("projected-1", "projected")]
+        if keeps:
+            outputs.append(
+                Output(_dataset(CONTENT), raw=True, describe=lambda reports: describe_rows(*reports[0]["content"]))
+            )
+        self._step("project layer 1", outputs, make)
+
+    def keep_lists(self) -> None:
+        """Neighbours and weights as raw rows, for a later run: of shards of consecutive items."""
+        storage, reducer = self.storage, self.reducer
+        neighbours = open_manifest(storage, schemas.NEIGHBOURS)
+        width = num_neighbours(neighbours)
 
         def make(task: Task) -> tuple[Sequence[Made], Report]:
-            (count, own), keep = hidden(task["shard"]), stored(task["shard"])
-            projected = in_blocks(lambda part: keep(part, network.project(0, own(part))), count)
-            return [projected], _widths(projected=projected)
+            ids = reducer.ids(task["shard"])
+            start = int(ids[0]) if len(ids) else 0
+            rows = read_rows(storage, neighbours, start, start + len(ids))
+            return as_kept(*read_lists(rows), ids, width), {}
 
-        self._step("project layer 1", [self._raw("projected-1", "projected")], make)
+        outputs = [
+            Output(_dataset(name), raw=True, describe=lambda _, dtype=dtype: describe_rows(dtype, width))  # type: ignore[misc]
+            for name, dtype in ((LISTS, "uint32"), (WEIGHTS, "float32"))
+        ]
+        self._step("keep lists", outputs, make)
 
     def combine(self, layer: int) -> None:
         """Reduce: every item's sum over its neighbours, its next vector, and what that says in the layer after.
@@ -172,8 +202,8 @@ class Layers:
             if previous is not None:
                 rows = read_own_rows(storage, previous, shard)
                 return len(rows), lambda part: as_single(filled(rows[part]))
-            ids, features = reducer.ids(shard), reducer.features(shard)
-            return len(ids), lambda part: network.standardise(as_single(filled(features[part])), filled(ids[part]))
+            ids = reducer.ids(shard)
+            return len(ids), _standardised(network, ids, reducer.features(shard))
 
         return read
 
@@ -203,6 +233,11 @@ class Layers:
     ) -> list[Report]:
         name = _step_name(label)
         return run_step(self.spark, self.storage, self.lineage, name, self.tasks, outputs, make, f"inference: {label}")
+
+
+def _standardised(network: Network, ids: NDArray[np.int64], features: Array) -> Callable[[slice], Array]:
+    """By blocks, what content vectors are to the first layer."""
+    return lambda part: network.standardise(as_single(filled(features[part])), filled(ids[part]))
 
 
 def _step_name(label: str) -> str:

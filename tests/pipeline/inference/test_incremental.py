@@ -20,6 +20,7 @@ from pipeline.contracts.datasets import (
     commit,
     lists_to_arrow,
     open_manifest,
+    read_shard,
     read_table,
     vectors_to_arrow,
     write_file,
@@ -27,7 +28,9 @@ from pipeline.contracts.datasets import (
 )
 from pipeline.contracts.sharding import shard_bounds
 from pipeline.contracts.storage import Storage
+from pipeline.differences import Noting
 from pipeline.inference import stage
+from pipeline.inference.earlier import continued_bounds
 from tests.pipeline.inference.test_stage import WIDTH, PlainNetwork
 from tests.synthetic import shop_settings
 
@@ -46,7 +49,9 @@ class World:
             for item in range(num_items)
         ]
 
-    def store(self, storage: Storage, num_shards: int, model: bytes = b"model") -> None:
+    def store(
+        self, storage: Storage, num_shards: int, model: bytes = b"model", previous: Storage | None = None
+    ) -> None:
         """As the stages before inference leave them."""
         count = len(self.features)
         written: dict[schemas.Dataset, list[Any]] = {
@@ -70,8 +75,19 @@ class World:
                 table = pa.table(columns, names=[column.name for column in dataset.columns or ()])
                 written[dataset].append(write_shard(storage, dataset, shard, table, LINEAGE))
         for dataset, shards in written.items():
-            commit(storage, dataset, shards, LINEAGE)
+            commit(storage, dataset, shards, LINEAGE, {"num_neighbours": 4} if dataset is schemas.NEIGHBOURS else {})
+        self.note(storage, previous)
         commit(storage, schemas.MODEL, [write_file(storage, "model", "model.json", model, LINEAGE)], LINEAGE)
+
+    def note(self, storage: Storage, previous: Storage | None) -> None:
+        """As the stages that make features and neighbours note what they are, and what is new."""
+        for dataset in (schemas.FEATURES, schemas.NEIGHBOURS):
+            noting, whole = (
+                Noting(storage, dataset, LINEAGE, None if previous is None else previous.url),
+                open_manifest(storage, dataset),
+            )
+            noted = [noting.note(shard, read_shard(storage, whole, shard)) for shard in range(len(whole.shards))]
+            noting.commit(whole, noted)
 
 
 def embed(
@@ -96,9 +112,11 @@ def cosines(one: Array, other: Array) -> Array:
     return np.where(lengths > 0, (one * other).sum(axis=1) / np.where(lengths > 0, lengths, 1), 1.0)
 
 
-@pytest.mark.parametrize("inference", [{}, {"layer_dtype": "float16"}])
+@pytest.mark.parametrize(
+    ("inference", "noted"), [({}, True), ({"layer_dtype": "float16"}, True), ({"layer_dtype": "float16"}, False)]
+)
 def test_what_changed_is_made_again_to_the_bytes_of_a_whole_run(
-    spark: SparkSession, tmp_path: Path, inference: dict[str, Any]
+    spark: SparkSession, tmp_path: Path, inference: dict[str, Any], noted: bool
 ) -> None:
     network, world = PlainNetwork(2), World(94)
     first, second, whole, third = (Storage(str(tmp_path / name)) for name in ("first", "second", "whole", "third"))
@@ -108,8 +126,8 @@ def test_what_changed_is_made_again_to_the_bytes_of_a_whole_run(
     changed.features[:94], changed.lists[:94] = world.features, world.lists
     changed.features[[3, 47]] += np.float32(0.25)
     changed.lists[61] = [60, 62, 69]
-    for storage in (second, whole):
-        changed.store(storage, 4)
+    for storage, before_it in ((second, first if noted else None), (whole, None)):
+        changed.store(storage, 4, previous=before_it)
     again, told = embed(spark, second, network, previous=first, **inference)
     expected, _ = embed(spark, whole, network, **inference)
     np.testing.assert_array_equal(again, expected)
@@ -146,6 +164,47 @@ def test_nothing_changed_nothing_is_made(spark: SparkSession, tmp_path: Path) ->
     assert told["drift"] == {"compared": 40, "same_model": True, "cosine_mean": 1, "moved_share": 0}
 
 
+def test_shards_of_the_same_items_keep_their_bounds_and_bytes(spark: SparkSession, tmp_path: Path) -> None:
+    network, world = PlainNetwork(2), World(100)
+    first, second, whole = (Storage(str(tmp_path / name)) for name in ("first", "second", "whole"))
+    world.store(first, 4)
+    embed(spark, first, network)
+    world.features[[3, 47]] += np.float32(0.25)
+    for storage in (second, whole):
+        world.store(storage, 4)
+    embed(spark, second, network, previous=first)
+    embed(spark, whole, network)
+    made, expected, former = (open_manifest(storage, schemas.EMBEDDINGS).shards for storage in (second, whole, first))
+    assert made == expected
+    assert [one == other for one, other in zip(made, former, strict=True)] == [False, False, True, True]
+    more = World(130)
+    more.features[:100], more.lists[:100] = world.features, world.lists
+    third = Storage(str(tmp_path / "third"))
+    more.store(third, 5)
+    found, _ = embed(spark, third, network, previous=second)
+    grown = open_manifest(third, schemas.EMBEDDINGS).shards
+    assert [shard.rows for shard in grown] == [25, 25, 25, 25, 15, 15]
+    assert grown[:4] == made
+    whole.delete(schemas.EMBEDDINGS.name)
+    more.store(whole, 5)
+    np.testing.assert_array_equal(found, embed(spark, whole, network)[0])
+
+
+@pytest.mark.parametrize(
+    ("former", "num_items", "expected"),
+    [
+        ([25, 25], 50, [0, 25, 50]),
+        ([25, 25], 51, [0, 25, 50, 51]),
+        ([25, 25, 1], 80, [0, 25, 50, 65, 80]),  # what was too small is cut anew
+        ([25, 26], 60, [0, 25, 42, 60]),  # as is what is too large
+        ([10], 10, [0, 10]),
+        ([], 0, [0, 0]),
+    ],
+)
+def test_bounds_go_on_from_the_earlier_runs(former: list[int], num_items: int, expected: list[int]) -> None:
+    assert continued_bounds(former, num_items, 25) == expected
+
+
 def another_model(world: World, storage: Storage) -> None:
     world.store(storage, 2, model=b"another")
 
@@ -153,6 +212,22 @@ def another_model(world: World, storage: Storage) -> None:
 def larger_values(world: World, storage: Storage) -> None:
     world.features[5] *= np.float32(100)
     world.store(storage, 2)
+
+
+def much_else(world: World, storage: Storage) -> None:
+    world.features[:11] += np.float32(0.25)
+    world.store(storage, 2)
+
+
+def not_noted(world: World, storage: Storage) -> None:
+    world.store(storage, 2)
+    storage.delete(schemas.DIFFERENCES)
+
+
+def longer_lists(world: World, storage: Storage) -> None:
+    world.store(storage, 2)
+    neighbours = open_manifest(storage, schemas.NEIGHBOURS)
+    commit(storage, schemas.NEIGHBOURS, neighbours.shards, LINEAGE, {"num_neighbours": 5})
 
 
 def fewer_items(world: World, storage: Storage) -> None:
@@ -166,6 +241,9 @@ def fewer_items(world: World, storage: Storage) -> None:
         (another_model, "all items, as the model is another"),
         (larger_values, "all items, as the largest values of a layer changed by a power of two"),
         (fewer_items, "all items, as items were numbered anew"),
+        (much_else, "all items, as 11 of 40 changed"),
+        (not_noted, "all items, as it is not known what changed of features and neighbours"),
+        (longer_lists, "all items, as lists of neighbours are of another length"),
     ],
 )
 def test_what_cannot_be_gone_on_from_is_made_whole(

@@ -1,0 +1,70 @@
+"""Vectors replaced in a shard's bytes, against the shard encoded anew."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from numpy.typing import NDArray
+
+from pipeline.contracts.datasets import encode_table, vectors_to_arrow
+from pipeline.contracts.patching import find_vectors
+
+
+def table_of(vectors: NDArray[Any]) -> pa.Table:
+    ids = np.arange(len(vectors))
+    keys = pa.array([f"item {i}" for i in ids], pa.string())
+    return pa.table({"key": keys, "id": pa.array(ids, pa.uint32()), "embedding": vectors_to_arrow(vectors)})
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (5, 3), (9_000, 64), (3, 100_000), (70_000, 7), (0, 4)])
+def test_replaced_vectors_give_the_bytes_of_a_shard_that_has_them(dtype: type, rows: int, width: int) -> None:
+    random = np.random.default_rng(rows)
+    vectors: NDArray[Any] = random.standard_normal((rows, width)).astype(dtype)
+    data = bytes(encode_table(table_of(vectors)))
+    found = find_vectors(data, "embedding")
+    if rows:
+        np.testing.assert_array_equal(found.read(data), vectors)
+    chosen = np.flatnonzero(random.random(rows) < 0.3)
+    vectors[chosen] = random.standard_normal((len(chosen), width)).astype(dtype)
+    copy = bytearray(data)
+    found.replace(copy, chosen, vectors[chosen])
+    assert copy == encode_table(table_of(vectors))
+    assert len(chosen) == 0 or copy != data
+
+
+def written(table: pa.Table, **options: Any) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(
+        table, sink, **{"compression": "none", "use_dictionary": False, "write_statistics": False, **options}
+    )
+    return sink.getvalue()
+
+
+def test_shards_of_any_other_shape_are_refused() -> None:
+    table = table_of(np.ones((50, 4), np.float32))
+    assert find_vectors(written(table), "embedding").rows == (0, 50)
+    others: list[tuple[str, dict[str, Any]]] = [
+        ("compressed", {"compression": "zstd"}),
+        ("dictionary", {"use_dictionary": True}),
+        ("statistics", {"write_statistics": True}),
+        ("in 5 row groups", {"row_group_size": 10}),
+        ("type 3", {"data_page_version": "2.0"}),
+        ("encoding 9", {"column_encoding": {"embedding.list.element": "BYTE_STREAM_SPLIT"}}),
+    ]
+    for reason, options in others:
+        with pytest.raises(ValueError, match=reason):
+            find_vectors(written(table, **options), "embedding")
+    with pytest.raises(ValueError, match="is uint32"):
+        find_vectors(written(table), "id")
+    missing = pa.array([[1.0, 2.0], None, [3.0, 4.0]], pa.list_(pa.float32(), 2))
+    with pytest.raises(ValueError, match="some null"):
+        find_vectors(written(pa.table({"embedding": missing})), "embedding")
+    data = written(table)
+    with pytest.raises(ValueError, match="expected float32 of 4"):
+        find_vectors(data, "embedding").replace(bytearray(data), np.array([1]), np.ones((1, 4), np.float64))
