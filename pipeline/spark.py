@@ -7,6 +7,7 @@ that says what was made. Errors that the user can mend travel back as messages, 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import socket
@@ -17,6 +18,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,8 @@ _LIGHT = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 them; compiling what runs for seconds cost more than all else: 18 core-seconds a session without, 7 with it."""
 _LOCATORS = "UserProvidedCacheLocator,InTreeCacheLocator,UserWideCacheLocator,IPythonCacheLocator,ZipCacheLocator"
 """Where numba looks for compiled kernels of its own accord."""
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+"""Of mallopt, in the GNU C library: how much free memory stays, how many arrays are mapped by themselves."""
 _QUIET = Path(__file__).with_name("log4j2.properties")
 
 
@@ -152,12 +156,25 @@ def run_tasks(
     partitioned = spark.sparkContext.parallelize(rows, len(rows))
 
     def run(partition: Iterable[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+        _keep_memory()
         for number, text in partition:
             yield number, _guarded(work, json.loads(text))
 
     with progress(label, len(rows), spark):
         collected = dict(partitioned.mapPartitions(run).collect())
     return [_opened(collected[number]) for number in range(len(rows))]
+
+
+@lru_cache(maxsize=1)
+def _keep_memory() -> None:
+    """Let this process reuse what it freed: handed back to the system, every array of a task is zeroed anew.
+
+    A copy of 50 MB took 32 ms in place of 6. The worker stays as large as its largest task was.
+    """
+    setting = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    for option, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1)):
+        if setting is not None:
+            setting(option, value)
 
 
 def make_shards(

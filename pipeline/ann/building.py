@@ -19,6 +19,7 @@ from typing import Any
 import faiss
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pyspark.sql import SparkSession
 
@@ -32,6 +33,7 @@ from pipeline.contracts.datasets import Lineage, Manifest, Shard
 from pipeline.contracts.errors import DataError
 from pipeline.contracts.schemas import INDEX_PARTS, how_to_build
 from pipeline.contracts.storage import Storage
+from pipeline.contracts.vectors import vectors_in
 from pipeline.spark import Task, run_tasks
 
 MAX_PARTS = 256
@@ -54,11 +56,11 @@ class Source:
 
     def vectors(self, shard: int) -> tuple[Floats, pa.ChunkedArray]:
         """A shard's embeddings [n, d] and keys. Raises DataError, naming shard, row and key, for one that is bad."""
-        table = datasets.read_shard(self.storage, self.embeddings, shard, ["key", "embedding"])
-        stored = datasets.arrow_to_vectors(table.column("embedding"))
-        vectors = np.ascontiguousarray(stored, dtype=np.float32)
-        check_vectors(vectors, table.column("key"), shard)
-        return vectors, table.column("key")
+        data = datasets.read_stored(self.storage, self.embeddings.dataset, self.embeddings.shards[shard])
+        vectors = np.ascontiguousarray(vectors_in(data, "embedding"), dtype=np.float32)
+        keys = pq.read_table(pa.BufferReader(data), columns=["key"]).column("key")
+        check_vectors(vectors, keys, shard)
+        return vectors, keys
 
     def finished(self, file: str) -> Shard | None:
         """The scratch file, if an interrupted attempt finished it."""

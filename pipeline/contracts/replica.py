@@ -24,10 +24,11 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import DTypeLike, NDArray
 
-from pipeline.contracts.datasets import Manifest, arrow_to_lists, arrow_to_vectors, read_shard
+from pipeline.contracts.datasets import Manifest, arrow_to_lists, read_shard, read_stored
 from pipeline.contracts.errors import StorageError
 from pipeline.contracts.rows import Table, map_in_place, read_own_rows, whole_table
 from pipeline.contracts.storage import Storage
+from pipeline.contracts.vectors import vectors_in
 
 _OWNER_DIGITS, _DIGITS = 12, 24  # of the hashes of the run's URL and of the content, in the folders' names
 _HEADER_BYTES = 128
@@ -212,11 +213,11 @@ def _copy(storage: Storage, manifest: Manifest, column: str, folder: Path, kind:
     for number in range(first, len(manifest.shards)):
         if kind == "rows":
             array: NDArray[Any] = read_own_rows(storage, manifest, number)
+        elif kind == "vectors":
+            array = vectors_in(read_stored(storage, manifest.dataset, manifest.shards[number]), column)
         else:
             values = read_shard(storage, manifest, number, [column]).column(column)
-            if kind == "vectors":
-                array = arrow_to_vectors(values)
-            elif kind == "lists":
+            if kind == "lists":
                 indptr, array = arrow_to_lists(values)
                 files["indptr"].append(indptr[1:] + files["values"].count)
             else:

@@ -37,6 +37,13 @@ def rows_with(bits: NDArray[np.uint64], lists: NDArray[np.uint32]) -> NDArray[np
     return result
 
 
+def slots_of(bits: NDArray[np.uint64], members: NDArray[np.uint32], ids: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Where each id, of any shape, is among the ascending members of a set, given its bits too; -1 where it is not."""
+    slots = np.empty(ids.shape, np.int64)
+    _find_slots(bits, read_only(members), read_only(ids, np.int64).reshape(-1), slots.reshape(-1))
+    return slots
+
+
 @numba.njit(nogil=True, cache=True)
 def _same_rows(now: Any, then: Any, result: Any) -> None:
     for row in range(len(now)):
@@ -61,3 +68,12 @@ def _find(bits: Any, lists: Any, result: Any) -> None:
             place = np.uint64(lists[row, k])
             found |= bits[place >> _SIX] >> (place & _MASK)
         result[row] = (found & _ONE) != _ZERO
+
+
+@numba.njit(nogil=True, cache=True)
+def _find_slots(bits: Any, members: Any, ids: Any, slots: Any) -> None:
+    for k in range(len(ids)):
+        place = np.uint64(ids[k])
+        slots[k] = -1
+        if (bits[place >> _SIX] >> (place & _MASK)) & _ONE != _ZERO:
+            slots[k] = np.searchsorted(members, np.uint32(place))

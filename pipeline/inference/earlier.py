@@ -17,6 +17,7 @@ from pipeline.contracts.replica import map_rows
 from pipeline.contracts.rows import Table, read_own_rows
 from pipeline.contracts.sharding import count_shards, shard_bounds
 from pipeline.contracts.storage import Storage
+from pipeline.inference.comparing import as_bits, slots_of
 from pipeline.inference.network import Array, Network
 from pipeline.inference.sums import add_rows
 
@@ -130,22 +131,23 @@ class Overlay:
     """Rows that an earlier run kept, and above them those of tonight."""
 
     old: Table
-    new_ids: NDArray[np.integer]
+    new_ids: NDArray[np.uint32]
+    bits: NDArray[np.uint64]
     new: Table
 
     @classmethod
     def open(
-        cls, earlier: Earlier, name: str, storage: Storage, ids: Manifest, rows: Manifest, cache: str | None
-    ) -> Overlay:
-        """Map both."""
-        old = map_rows(earlier.storage, earlier.kept[name], cache)
-        return cls(old, all_ids(storage, ids), map_rows(storage, rows, cache))
+        cls, earlier: Earlier, name: str, storage: Storage, ids: Manifest, rows: Manifest, num_items: int,
+        cache: str | None,
+    ) -> Overlay:  # fmt: skip
+        """Map both; num_items is of tonight."""
+        old, new_ids = map_rows(earlier.storage, earlier.kept[name], cache), all_ids(storage, ids)
+        return cls(old, new_ids, as_bits(new_ids, num_items), map_rows(storage, rows, cache))
 
     def _slots(self, ids: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        slots = np.searchsorted(self.new_ids, ids)
-        is_new = slots < len(self.new_ids)
-        is_new[is_new] = self.new_ids[slots[is_new]] == ids[is_new]
-        return np.where(is_new, slots, 0), is_new
+        slots = slots_of(self.bits, self.new_ids, ids)
+        is_new = slots >= 0
+        return np.maximum(slots, 0), is_new
 
     def rows(self, ids: NDArray[np.integer]) -> Array:
         """Rows [n, width] of items."""
@@ -178,14 +180,17 @@ class Overlay:
         return out
 
 
-def all_ids(storage: Storage, ids: Manifest) -> NDArray[np.integer]:
+def all_ids(storage: Storage, ids: Manifest) -> NDArray[np.uint32]:
     """The ids of what was made again, ascending."""
     return _all_ids(storage.url, ids.dataset, ids.content)
 
 
 @lru_cache(maxsize=16)
-def _all_ids(url: str, dataset: str, content: str) -> NDArray[np.integer]:
+def _all_ids(url: str, dataset: str, content: str) -> NDArray[np.uint32]:
     """Kept by the process: its next tasks read the same."""
     storage = Storage(url)
     ids = open_manifest(storage, dataset)
-    return np.concatenate([read_own_rows(storage, ids, shard)[:, 0] for shard in range(len(ids.shards))])
+    found: NDArray[np.uint32] = np.concatenate(
+        [read_own_rows(storage, ids, shard)[:, 0] for shard in range(len(ids.shards))]
+    )
+    return found

@@ -24,7 +24,7 @@ from pipeline.contracts.datasets import Lineage, Manifest, arrow_to_vectors, ope
 from pipeline.contracts.rows import describe_rows, read_own_rows
 from pipeline.contracts.storage import Storage
 from pipeline.differences import find_changed
-from pipeline.inference.comparing import as_bits, rows_with, same_vectors
+from pipeline.inference.comparing import rows_with, same_vectors
 from pipeline.inference.earlier import (
     CONTENT,
     LISTS,
@@ -135,7 +135,7 @@ class Incremental:
     def _combine(self, layer: int) -> None:
         """The next vectors of items that the changes reach, and their messages for the layer after, or embeddings."""
         network, bounds, stored, cache = self._network, self._bounds, self._stored, self._cache
-        earlier, num_items, is_last = self._earlier, self._num_items, layer + 1 == self._network.num_layers
+        earlier, is_last = self._earlier, layer + 1 == self._network.num_layers
         own_of, largest, changed_of, lists_of = self._own(layer), self._largest, self._made_again, self._lists()
         messages = self._overlay(f"projected-{layer + 1}")
         unit = quantum(earlier.kept[f"projected-{layer + 1}"].metadata["exponent"], self._layer_dtype)
@@ -152,7 +152,7 @@ class Incremental:
                 reached[changed_of(name, start, stop) - start] = True
             known = max(0, min(stop, earlier.num_items) - start)
             former = lists.old.rows[lists.old.places(np.arange(start, start + known))]
-            reached[:known] |= rows_with(as_bits(table.new_ids, num_items), former)
+            reached[:known] |= rows_with(table.bits, former)
             ids = start + np.flatnonzero(reached)
             own, kept_weights = own_of(), shares.rows(ids)
             index, weights = network.lists(layer, np.where(kept_weights > 0, lists.rows(ids), 0), kept_weights)
@@ -253,8 +253,8 @@ class Incremental:
     def _overlay(self, name: str) -> Callable[[], Overlay]:
         """What was kept as it is tonight: to be opened in a task."""
         earlier, cache, storage = self._earlier, self._cache, self._storage
-        parts = self._again(name, "ids"), self._again(name, "rows")
-        return lambda: Overlay.open(earlier, name, storage, *parts, cache)
+        parts, num_items = (self._again(name, "ids"), self._again(name, "rows")), self._num_items
+        return lambda: Overlay.open(earlier, name, storage, *parts, num_items, cache)
 
     def _width(self, name: str) -> int:
         return int(self._earlier.kept[name].metadata["width"])

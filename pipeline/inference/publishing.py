@@ -24,8 +24,8 @@ from pipeline.contracts.datasets import (
     vectors_to_arrow,
 )
 from pipeline.contracts.errors import PipelineError
-from pipeline.contracts.patching import find_vectors
 from pipeline.contracts.storage import Storage
+from pipeline.contracts.vectors import find_vectors
 from pipeline.inference.halves import as_single
 from pipeline.inference.network import Array
 from pipeline.mixing import read_only
@@ -67,21 +67,25 @@ class Publisher:
             places = None if data is None else find_vectors(data, "embedding")
         except ValueError:
             places = None
-        if data is None or places is None or (places.dtype, places.width) != (vectors.dtype, vectors.shape[1]):
+        if (
+            data is None
+            or places is None
+            or start == stop
+            or (places.dtype, places.width) != (vectors.dtype, vectors.shape[1])
+        ):
             whole = np.zeros((stop - start, vectors.shape[1]), vectors.dtype)
             rows = self.former(start, stop)
             if rows is not None:
                 whole[: rows.num_rows] = arrow_to_vectors(rows["embedding"])
             whole[ids - start] = vectors
             return self.rows(start, stop, whole, rows)
-        whole, copy = places.read(data), bytearray(data)
-        then = whole[ids - start]
-        whole[ids - start] = vectors
+        drift = _drift(as_single(vectors), as_single(places.take(data, ids - start)))
+        same = stop - start - len(ids)
+        drift = {"compared": stop - start, "cosines": drift["cosines"] + same, "moved": drift["moved"]}
+        copy = bytearray(data)
         places.replace(copy, ids - start, vectors)
-        drift = _drift(as_single(vectors), as_single(then))
-        same = len(whole) - len(ids)
-        drift = {"compared": len(whole), "cosines": drift["cosines"] + same, "moved": drift["moved"]}
-        return Encoded(copy, len(whole)), {**_statistics(whole), **_without_edges(known), "drift": drift}
+        report = {**_statistics(*places.pages(copy)), **_without_edges(known), "drift": drift}
+        return Encoded(copy, stop - start), report
 
     def _former_bytes(self, start: int, stop: int, keys: pa.ChunkedArray) -> bytes | None:
         """The earlier run's shard of just these items; None if it has none, or they had other keys."""
@@ -170,12 +174,15 @@ def _without_edges(items: pa.Table) -> Report:
     return {"without_edges": pc.sum(pc.equal(items["degree"], 0)).as_py() or 0}
 
 
-def _statistics(vectors: Array) -> Report:
+def _statistics(*parts: Array) -> Report:
     """Of a shard's embeddings: how many, how many are all zeros, their lengths, and their sum."""
-    single = read_only(as_single(vectors))
-    squares, sums = np.empty(len(single), np.float64), np.zeros(single.shape[1], np.float64)
-    _multiply(single, single, squares)
-    _add_up(single, sums)
+    squares, sums = np.empty(sum(map(len, parts)), np.float64), np.zeros(parts[0].shape[1], np.float64)
+    first = 0
+    for part in parts:
+        single = read_only(as_single(part))
+        _multiply(single, single, squares[first : first + len(part)])
+        _add_up(single, sums)
+        first += len(part)
     norms = np.sqrt(squares)
     return {
         "items": len(norms),

@@ -20,7 +20,6 @@ from pipeline.contracts.datasets import (
     Lineage,
     Manifest,
     arrow_to_lists,
-    arrow_to_vectors,
     open_manifest,
     read_rows,
 )
@@ -28,6 +27,7 @@ from pipeline.contracts.errors import DataError
 from pipeline.contracts.replica import map_rows
 from pipeline.contracts.sharding import count_shards, shard_bounds
 from pipeline.contracts.storage import Storage
+from pipeline.contracts.vectors import read_vectors
 from pipeline.inference.network import Array, Lists, Network
 from pipeline.inference.publishing import Publisher
 from pipeline.inference.sums import add_rows
@@ -87,9 +87,7 @@ class Gather:
         return key_of(self._storage, self._items, self._bounds(shard)[0] + row)
 
     def features(self, shard: int) -> Array:
-        return arrow_to_vectors(
-            read_rows(self._storage, self._features, *self._bounds(shard), ["features"]).column("features")
-        )
+        return read_vectors(self._storage, self._features, *self._bounds(shard), "features")
 
     def sums(self, layer: int, projected: Manifest, unit: float) -> Callable[[int], Sums]:
         storage, neighbours, cache, network, bounds = (

@@ -111,6 +111,7 @@ class Layers:
         if self._is_done("project layer 1"):
             return
         network, reducer, stored, keeps = self.network, self.reducer, self._stored(self.layer_dtype), self.keeps
+
         def make(task: Task) -> tuple[Sequence[Made], Report]:
             ids, features, keep = reducer.ids(task["shard"]), reducer.features(task["shard"]), stored(task["shard"])
             own = _standardised(network, ids, features)

@@ -75,6 +75,25 @@ def test_the_mapping_outlives_the_table_and_goes_with_the_last_array(storage: St
     assert mapped() == 0
 
 
+def test_every_shard_begins_where_a_huge_page_may(storage: Storage) -> None:
+    manifest, _ = store(storage, [100, 300_000, 300_001], 4, "float16")
+    table = map_rows(storage, manifest, None)
+    assert table.rows.ctypes.data % (1 << 21) == 0
+    assert [place * 8 % (1 << 21) for place in table.first_places.tolist()] == [0, 0, 0]
+    assert table.first_places[2] - table.first_places[1] < 300_000 + (1 << 18)
+
+
+def test_what_would_not_fit_the_address_space_so_begins_at_small_pages(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "_MOST_ADDRESSES", 1 << 22)
+    manifest, matrix = store(storage, [100, 300, 301], 3, "float16")
+    table = map_rows(storage, manifest, None)
+    assert [place * 6 % 4096 for place in table.first_places.tolist()] == [0, 0, 0]
+    assert table.first_places[-1] * 6 < 1 << 20
+    np.testing.assert_array_equal(table.rows[table.places(np.arange(301))], matrix)
+
+
 def test_a_changed_or_missing_shard_is_named(storage: Storage) -> None:
     manifest, _ = store(storage, [100, 200], 8, "float32")
     path = Path(storage.locate(f"layer/{rows_name(1)}"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.inference.comparing import as_bits, rows_with, same_vectors
+from pipeline.inference.comparing import as_bits, rows_with, same_vectors, slots_of
 from pipeline.inference.sums import largest_of
 
 
@@ -29,6 +29,17 @@ def test_rows_with_any_of_a_set_are_found() -> None:
     assert rows_with(as_bits(chosen, 1000), lists).tolist() == expected.tolist()
     assert 0 < expected.sum() < 300
     assert rows_with(as_bits(chosen, 1000), lists[:0]).shape == (0,)
+
+
+def test_the_places_of_members_are_found_and_of_no_others() -> None:
+    random = np.random.default_rng(3)
+    members = np.unique(random.integers(0, 1000, 60)).astype(np.uint32)
+    ids = random.integers(0, 1000, (40, 7))
+    slots = slots_of(as_bits(members, 1000), members, ids)
+    assert ((slots >= 0) == np.isin(ids, members)).all()
+    np.testing.assert_array_equal(members[slots[slots >= 0]], ids[slots >= 0])
+    assert 0 < (slots >= 0).sum() < ids.size
+    assert (slots_of(as_bits(members[:0], 1000), members[:0], ids) == -1).all()
 
 
 def test_the_largest_half_is_found_by_its_bits() -> None:

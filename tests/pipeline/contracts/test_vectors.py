@@ -1,4 +1,4 @@
-"""Vectors replaced in a shard's bytes, against the shard encoded anew."""
+"""Vectors read and replaced in a shard's bytes, against the shard decoded, and encoded anew."""
 
 from __future__ import annotations
 
@@ -11,8 +11,21 @@ import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.contracts.datasets import encode_table, vectors_to_arrow
-from pipeline.contracts.patching import find_vectors
+from pipeline.contracts.datasets import (
+    Lineage,
+    arrow_to_vectors,
+    commit,
+    encode_table,
+    read_rows,
+    shard_name,
+    vectors_to_arrow,
+    write_file,
+    write_shard,
+)
+from pipeline.contracts.storage import Storage
+from pipeline.contracts.vectors import find_vectors, read_vectors
+
+LINEAGE = Lineage("test", {}, {})
 
 
 def table_of(vectors: NDArray[Any]) -> pa.Table:
@@ -36,6 +49,31 @@ def test_replaced_vectors_give_the_bytes_of_a_shard_that_has_them(dtype: type, r
     found.replace(copy, chosen, vectors[chosen])
     assert copy == encode_table(table_of(vectors))
     assert len(chosen) == 0 or copy != data
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_rows_are_read_from_whatever_shards_hold_them(storage: Storage, dtype: type) -> None:
+    vectors: NDArray[Any] = np.random.default_rng(0).standard_normal((5_000, 96)).astype(dtype)
+    table = table_of(vectors)
+    shards = [
+        write_shard(storage, "embeddings", 0, table.slice(0, 4_000), LINEAGE),
+        write_file(
+            storage, "embeddings", shard_name(1), written(table.slice(4_000, 0), compression="zstd"), LINEAGE, 0
+        ),
+        write_file(
+            storage, "embeddings", shard_name(2), written(table.slice(4_000), compression="zstd"), LINEAGE, 1_000
+        ),
+    ]
+    manifest = commit(storage, "embeddings", shards, LINEAGE)
+    for start, stop in [(0, 5_000), (3_999, 4_001), (1_000, 1_500), (4_500, 5_000), (5_000, 5_000), (0, 0)]:
+        found = read_vectors(storage, manifest, start, stop, "embedding")
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(found, vectors[start:stop])
+        expected = read_rows(storage, manifest, start, stop, ["embedding"]).column("embedding")
+        np.testing.assert_array_equal(found, arrow_to_vectors(expected))
+    data = bytes(encode_table(table))
+    rows = np.array([0, 7, 2_500, 4_999])
+    np.testing.assert_array_equal(find_vectors(data, "embedding").take(data, rows), vectors[rows])
 
 
 def written(table: pa.Table, **options: Any) -> bytes:

@@ -1,9 +1,10 @@
-"""A shard's vectors where its Parquet bytes have them: to read or replace some without decoding, encoding, the rest.
+"""A shard's vectors where its Parquet bytes have them: to read them, or replace some, by copying.
 
 `encode_table` stores vectors as they are, page after page, so a shard of the same rows with some other vectors differs
-from this one in exactly those bytes. Encoding 1 kB of vectors costs three times what copying it does, nearly all of it
-for Parquet's note of where every list begins. Reads page headers as Parquet's format lays them down (Thrift's compact
-protocol, data pages of version 1) and takes nothing for granted: ValueError where a file is of any other shape.
+from this one in exactly those bytes. Nearly all that Parquet costs with vectors is its note of where every list begins:
+decoding 1 kB takes ten times as long as copying it, encoding it twenty times. Reads page headers as Parquet's format
+lays them down (Thrift's compact protocol, data pages of version 1) and takes nothing for granted: ValueError where a
+file is of any other shape.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+
+from pipeline.contracts.datasets import Manifest, arrow_to_vectors, read_stored
+from pipeline.contracts.storage import Storage
 
 _DATA_PAGE, _PLAIN = 0, 0
 _TYPE, _SIZE, _STORED_SIZE, _PAGE = 1, 2, 3, 5
@@ -39,7 +43,14 @@ class Vectors:
 
     def read(self, data: bytes | memoryview) -> NDArray[Any]:
         """All rows."""
-        return np.concatenate(self.pages(data))
+        return np.concatenate([np.zeros((0, self.width), self.dtype), *self.pages(data)])
+
+    def take(self, data: bytes | memoryview, rows: NDArray[np.integer]) -> NDArray[Any]:
+        """Some rows, ascending."""
+        cuts = np.searchsorted(rows, self.rows)
+        parts = zip(self.rows[:-1], cuts[:-1], cuts[1:], self.pages(data), strict=True)
+        found = [page[rows[low:high] - start] for start, low, high, page in parts]
+        return np.concatenate([np.zeros((0, self.width), self.dtype), *found])
 
     def replace(self, data: bytearray, rows: NDArray[np.integer], vectors: NDArray[Any]) -> None:
         """Put other vectors [k, width] at some rows [k], ascending, in place. ValueError for another type or width."""
@@ -48,6 +59,27 @@ class Vectors:
         cuts = np.searchsorted(rows, self.rows)
         for start, low, high, page in zip(self.rows[:-1], cuts[:-1], cuts[1:], self.pages(data), strict=True):
             page[rows[low:high] - start] = vectors[low:high]
+
+
+def read_vectors(storage: Storage, manifest: Manifest, start: int, stop: int, column: str) -> NDArray[Any]:
+    """The vectors [n, width] of rows [start, stop), as `read_rows` would give them."""
+    pieces: list[NDArray[Any]] = []
+    first = 0
+    for number, shard in enumerate(manifest.shards):
+        low, high = max(start, first), min(stop, first + shard.rows)
+        if low < high or (not pieces and number == len(manifest.shards) - 1):
+            vectors = vectors_in(read_stored(storage, manifest.dataset, shard), column)
+            pieces.append(vectors[max(0, low - first) : max(0, high - first)])
+        first += shard.rows
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def vectors_in(data: bytes, column: str) -> NDArray[Any]:
+    """The vectors [n, width] of a shard's bytes, however it was written."""
+    try:
+        return find_vectors(data, column).read(data)
+    except ValueError:
+        return arrow_to_vectors(pq.read_table(pa.BufferReader(data), columns=[column]).column(column))
 
 
 def find_vectors(data: bytes, column: str) -> Vectors:
