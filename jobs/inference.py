@@ -10,7 +10,7 @@ from functools import partial
 
 from pyspark.sql import SparkSession
 
-from model.export import Exported, load_exported
+from model.export import BLOCK, GPU_BLOCK, Exported, load_exported
 from pipeline.contracts import schemas
 from pipeline.contracts.config import Settings
 from pipeline.contracts.datasets import Lineage, Manifest, open_manifest, read_file
@@ -35,7 +35,8 @@ def load_network(storage: Storage, model: Manifest, settings: Settings) -> Expor
             "inference: task.inference.precision is bfloat16, which this processor has not in hardware: products take "
             "several times as long as with float32"
         )
-    network.set_place(inference.precision, partial(_device_of_task, device))
+    block = BLOCK if device == "cpu" else GPU_BLOCK
+    network.set_place(inference.precision, partial(_device_of_task, device), block)
     return network
 
 

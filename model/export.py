@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from model.pinsage import PinSage
 
 Floats = NDArray[np.float32]
+BLOCK, GPU_BLOCK = 1 << 10, 1 << 13
+"""Rows of a call on the CPU, whose caches hold them, and on a GPU, which fewer do not keep busy."""
 
 
 class Exported:
@@ -34,6 +36,7 @@ class Exported:
         self._weights, self._description = weights, description
         self._threads: int | None = None
         self._precision, self._device = "float32", _cpu
+        self.block = BLOCK
         self.num_layers = int(description["model"]["num_layers"])
         shape = description["model"]
         fan_outs = shape.get("fan_outs") or [0] * self.num_layers
@@ -48,12 +51,13 @@ class Exported:
         """CPU threads of torch in every process that uses this, from its first call; sums of floats depend on it."""
         self._threads = threads
 
-    def set_place(self, precision: str, device: Callable[[], str]) -> None:
-        """Of the matrix products: float32 or bfloat16, and a function that names the device of whoever calls.
+    def set_place(self, precision: str, device: Callable[[], str], block: int = BLOCK) -> None:
+        """Of the matrix products: float32 or bfloat16, a function that names the device of whoever calls, and the rows
+        of every call.
 
         Arrays go there and come back with every call. ResourceError, at the first, if torch does not see the device.
         """
-        self._precision, self._device = precision, device
+        self._precision, self._device, self.block = precision, device, block
 
     def standardise(self, features: NDArray[Any], ids: NDArray[np.integer]) -> Floats:
         """Content vectors [n, F] as stored and the items' ids [n], to the first layer's input [n, d']."""

@@ -1,11 +1,11 @@
 """Rows a second of an exported layer's products, on the CPU with all cores and on a GPU, in both precisions.
 
-    python -m infra.bench.products            # half a minute; --rows 100000
+    python -m infra.bench.products            # a minute; --rows 131072 --blocks 1024 32768
 
-What `task.inference.precision` and `resources.inference.device` choose between: arrays of float32 go to the device and
-come back with every call, as Spark's tasks have them. Features 384, messages 512, embeddings 256. `alone` are the same
-products on tensors that are there already. Every result is compared with the CPU's in float32; figures are medians.
-The last line is one JSON object.
+What `task.inference.precision` and `resources.inference.device` choose between: a shard's rows, so many of a call as a
+block has, float32, which go to the device and come back with every call, as Spark's tasks have them. Features 384,
+messages 512, embeddings 256. `alone` are the same products on tensors that are there already. Every result is compared
+with the CPU's in float32; figures are medians. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from infra.bench import measure
 from model.export import load_exported
 from model.pinsage import PinSage
 from pipeline.contracts.config import Model
+from pipeline.inference.network import in_blocks
 
 FEATURES, HIDDEN, OUTPUTS, ROUNDS = 384, 512, 256, 7
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
@@ -31,8 +34,9 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=100_000, help="of a call: a shard's")
-    rows = parser.parse_args().rows
+    parser.add_argument("--rows", type=int, default=1 << 17, help="a shard's")
+    parser.add_argument("--blocks", type=int, nargs="+", default=[1 << 10, 1 << 13, 1 << 15, 1 << 17], help="of a call")
+    rows, blocks = (given := parser.parse_args()).rows, given.blocks
     torch.set_num_threads(measure.num_cores())
     settings = Model(num_layers=1, hidden_dimensions=HIDDEN, output_dimensions=OUTPUTS)
     model = PinSage(FEATURES, settings, seed=1).eval()
@@ -44,25 +48,39 @@ def main() -> None:
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     names = [torch.cuda.get_device_name()] if devices[1:] else []
     print(f"{about['date']}, {about['cpu']}, {about['cores']} cores, {about['versions']['torch']}", *names)
-    print(f"{'':28}{'rows/s':>14}{'alone':>16}{'difference':>14}")
-    for device in devices:
+    print(f"{'':28}{'rows a call':>14}{'rows/s':>14}{'alone':>16}{'difference':>14}")
+    for device, block in product(devices, blocks):
         for precision, tolerance in TOLERANCE.items():
             network = load_exported(weights, description)
             network.set_place(precision, lambda device=device: device)  # type: ignore[misc]
             convolution: Any = model.to(device).convolutions[0]
             for name, arrays in calls.items():
-                result = getattr(network, name)(0, *arrays)
+                result = in_blocks(partial(call, getattr(network, name), arrays), rows, block)
                 reference = expected.setdefault(name, result)
                 difference = float(np.abs(result - reference).max() / np.abs(reference).max())
                 assert difference <= tolerance, f"{name} on {device} in {precision} differs by {difference}"
-                speed = rows / seconds(device, lambda: getattr(network, name)(0, *arrays))  # noqa: B023
-                there = [torch.from_numpy(array).to(device) for array in arrays]
+                work = partial(in_blocks, partial(call, getattr(network, name), arrays), rows, block)
+                speed = rows / seconds(device, work)
+                there = [torch.from_numpy(array).to(device).split(block) for array in arrays]
                 with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
-                    alone = rows / seconds(device, lambda: getattr(convolution, name)(*there))  # noqa: B023
-                found.append({"call": name, "device": device, "precision": precision, "rows_per_s": speed})
-                found[-1] |= {"rows_per_s_alone": alone, "difference": difference}
-                print(f"{name + ' ' + device + ' ' + precision:28}{speed:14,.0f}{alone:16,.0f}{difference:14.1e}")
+                    each = partial(alone, getattr(convolution, name), there)
+                    alone_speed = rows / seconds(device, each)
+                told = {"call": name, "device": device, "precision": precision, "block": block, "rows_per_s": speed}
+                found.append({**told, "rows_per_s_alone": alone_speed, "difference": difference})
+                label = f"{name} {device} {precision}"
+                print(f"{label:28}{block:14,}{speed:14,.0f}{alone_speed:16,.0f}{difference:14.1e}", flush=True)
     print(json.dumps({"products": found, "rows": rows, "machine": about, "gpu": names}))
+
+
+def call(function: Any, arrays: tuple[Any, ...], part: slice) -> Any:
+    """One block of an exported layer."""
+    return function(0, *(array[part] for array in arrays))
+
+
+def alone(function: Any, blocks: list[Any]) -> None:
+    """All blocks of a layer, on the device."""
+    for parts in zip(*blocks, strict=True):
+        function(*parts)
 
 
 def seconds(device: str, work: Any) -> float:

@@ -630,8 +630,9 @@ class InferenceResources(Section):
     hub_share: Annotated[float, Field(ge=0.0, le=0.2)] = 0.02
     """shuffle: share of the items, those in the most lists, whose messages go to every host instead of into sums."""
     keep_layers: bool = False
-    """gather: keep what passes between the layers, so that a later run with this one as task.data.previous and the same
-    model makes again only what has changed."""
+    """gather: keep what passes between the layers, and what they are made of, so that a later run with this one as
+    task.data.previous and the same model makes again only what has changed. Disk: 4.3 KB an item of 384 features, 50
+    neighbours and layers of 512 and 256."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the matrix products are made. cuda: on the GPU that Spark assigned to the task, see
     spark.task.resource.gpu.amount in resources.spark.conf, else on the host's first. Not the same bytes on both."""

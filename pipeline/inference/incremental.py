@@ -113,10 +113,12 @@ class Incremental:
             rows = arrow_to_vectors(content.column("features")).astype(inputs["dtype"], copy=False)
 
             def message(part: slice) -> Array:
-                own = network.standardise(as_single(filled(rows[part])), filled(ids[part]))
+                own = network.standardise(
+                    as_single(filled(rows[part], network.block)), filled(ids[part], network.block)
+                )
                 return stored(network.project(0, own), dtype, ids[part])
 
-            made = in_blocks(message, len(ids))
+            made = in_blocks(message, len(ids), network.block)
             index, weights = as_kept(*read_lists(lists), listed, width)
             numbers, lists_numbers = (found.astype(np.uint32)[:, None] for found in (ids, listed))
             report = {"changed": len(np.union1d(ids, listed)), "remade": len(ids), **largest("projected-1", ids, made)}
@@ -158,14 +160,15 @@ class Incremental:
             index, weights = network.lists(layer, np.where(kept_weights > 0, lists.rows(ids), 0), kept_weights)
 
             def block(part: slice) -> tuple[Array, ...]:
-                pooled = filled(table.sums(index[part], weights[part], unit, network.reduction)) * np.float32(unit)
+                sums = table.sums(index[part], weights[part], unit, network.reduction)
+                pooled = filled(sums, network.block) * np.float32(unit)
                 following = network.combine(layer, own(ids[part]), pooled)
                 if is_last:
                     return (stored(network.head(following), dtype, ids[part]),)
                 kept = stored(following, dtype, ids[part])
                 return kept, stored(network.project(layer + 1, as_single(kept)), dtype, ids[part])
 
-            made = in_blocks(block, len(ids))
+            made = in_blocks(block, len(ids), network.block)
             if is_last:
                 whole, report = publish(start, stop, ids, made[0])
                 return [whole], {"remade": len(ids), **report}
@@ -223,12 +226,13 @@ class Incremental:
     def _own(self, layer: int) -> Callable[[], Callable[[NDArray[np.int64]], Array]]:
         """In a task: what some items are before a layer, a block of them."""
         network, overlay = self._network, self._overlay(f"hidden-{layer}" if layer else CONTENT)
+        size = network.block
 
         def open_own() -> Callable[[NDArray[np.int64]], Array]:
             table = overlay()
             if layer:
-                return lambda ids: as_single(filled(table.rows(ids)))
-            return lambda ids: network.standardise(as_single(filled(table.rows(ids))), filled(ids))
+                return lambda ids: as_single(filled(table.rows(ids), size))
+            return lambda ids: network.standardise(as_single(filled(table.rows(ids), size)), filled(ids, size))
 
         return open_own
 

@@ -11,16 +11,16 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 Lists = tuple[NDArray[np.integer], NDArray[np.float32]]
 """Neighbour ids and their weights, [n, T] each; padding weighs 0."""
-BLOCK = 1024
-"""Rows of every call. A product's last bits may depend on how many rows it has: with always as many, the last of a
-shard filled up with zeros, an item's vector is the same in whatever company it is made. (Not of models narrower than
-any in use: MKL was seen to round products of fewer than 12 columns by the row's place.)"""
 
 
 class Network(Protocol):
     """The trained model as array functions; must pickle, as Spark ships it to its tasks."""
 
     num_layers: int
+    block: int
+    """Rows of every call. A product's last bits may depend on how many rows it has: with always as many, the last of a
+    shard filled up with zeros, an item's vector is the same in whatever company it is made. (Not of models narrower
+    than any in use: MKL was seen to round products of fewer than 12 columns by the row's place.)"""
     reduction: str
     """How a neighbourhood becomes one message: `sum`, weighted, or `max`, column by column."""
     list_kinds: tuple[int, ...]
@@ -44,23 +44,23 @@ class Network(Protocol):
         """The embedding [n, d] of the last layer's output."""
 
 
-def in_blocks(function: Callable[[slice], Any], count: int) -> Any:
-    """What function makes of one block of rows after the other, each of BLOCK rows: one array or a tuple, joined."""
+def in_blocks(function: Callable[[slice], Any], count: int, size: int) -> Any:
+    """What function makes of one block of rows after the other, each of size rows: one array or a tuple, joined."""
     made: list[Array] = []
     result: Any = ()
-    for start in range(0, max(count, 1), BLOCK):
-        result = function(slice(start, start + BLOCK))
+    for start in range(0, max(count, 1), size):
+        result = function(slice(start, start + size))
         results = result if isinstance(result, tuple) else (result,)
         made = made or [np.empty((count, *part.shape[1:]), part.dtype) for part in results]
         for whole, part in zip(made, results, strict=True):
-            whole[start : start + BLOCK] = part[: count - start]
+            whole[start : start + size] = part[: count - start]
     return tuple(made) if isinstance(result, tuple) else made[0]
 
 
-def filled(rows: Array) -> Array:
-    """The rows, with zeros below them up to BLOCK."""
-    if len(rows) == BLOCK:
+def filled(rows: Array, size: int) -> Array:
+    """The rows, with zeros below them up to size."""
+    if len(rows) == size:
         return rows
-    result = np.zeros((BLOCK, *rows.shape[1:]), rows.dtype)
+    result = np.zeros((size, *rows.shape[1:]), rows.dtype)
     result[: len(rows)] = rows
     return result

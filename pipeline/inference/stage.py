@@ -115,7 +115,7 @@ class Layers:
         def make(task: Task) -> tuple[Sequence[Made], Report]:
             ids, features, keep = reducer.ids(task["shard"]), reducer.features(task["shard"]), stored(task["shard"])
             own = _standardised(network, ids, features)
-            projected = in_blocks(lambda part: keep(part, network.project(0, own(part))), len(ids))
+            projected = in_blocks(lambda part: keep(part, network.project(0, own(part))), len(ids), network.block)
             made = [projected, features] if keeps else [projected]
             return made, {**_widths(projected=projected), "content": [features.dtype.str, features.shape[1]]}
 
@@ -162,14 +162,14 @@ class Layers:
             (count, own), keep, summed = hidden(shard), stored(shard), sums(shard)
 
             def block(part: slice) -> tuple[Array, ...]:
-                pooled = filled(summed(part)) * np.float32(unit)
+                pooled = filled(summed(part), network.block) * np.float32(unit)
                 following = network.combine(layer, own(part), pooled)
                 if is_last:
                     return (keep(part, network.head(following)),)
                 kept = keep(part, following)
                 return kept, keep(part, network.project(layer + 1, as_single(kept)))
 
-            made = in_blocks(block, count)
+            made = in_blocks(block, count, network.block)
             if is_last:
                 rows, report = made_of(shard, made[0])
                 return [rows], report
@@ -188,7 +188,7 @@ class Layers:
 
         def make(task: Task) -> tuple[Sequence[Made], Report]:
             (count, own), keep = hidden(task["shard"]), stored(task["shard"])
-            vectors = in_blocks(lambda part: keep(part, network.head(own(part))), count)
+            vectors = in_blocks(lambda part: keep(part, network.head(own(part))), count, network.block)
             rows, report = made_of(task["shard"], vectors)
             return [rows], report
 
@@ -202,7 +202,7 @@ class Layers:
         def read(shard: int) -> tuple[int, Callable[[slice], Array]]:
             if previous is not None:
                 rows = read_own_rows(storage, previous, shard)
-                return len(rows), lambda part: as_single(filled(rows[part]))
+                return len(rows), lambda part: as_single(filled(rows[part], network.block))
             ids = reducer.ids(shard)
             return len(ids), _standardised(network, ids, reducer.features(shard))
 
@@ -238,7 +238,8 @@ class Layers:
 
 def _standardised(network: Network, ids: NDArray[np.int64], features: Array) -> Callable[[slice], Array]:
     """By blocks, what content vectors are to the first layer."""
-    return lambda part: network.standardise(as_single(filled(features[part])), filled(ids[part]))
+    size = network.block
+    return lambda part: network.standardise(as_single(filled(features[part], size)), filled(ids[part], size))
 
 
 def _step_name(label: str) -> str:

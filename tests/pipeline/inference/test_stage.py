@@ -30,7 +30,6 @@ from pipeline.contracts.datasets import (
 from pipeline.contracts.errors import DataError
 from pipeline.contracts.storage import Storage
 from pipeline.inference import stage
-from pipeline.inference.network import BLOCK
 from pipeline.inference.reducers import read_lists
 from pipeline.inference.vectors import as_stored
 from tests.synthetic import shop_settings
@@ -48,12 +47,12 @@ class PlainNetwork:
 
     def __init__(self, num_layers: int, reduction: str = "sum", breaks_in: str = "") -> None:
         generator = np.random.default_rng(0)
-        self.num_layers, self.reduction, self.breaks_in = num_layers, reduction, breaks_in
+        self.num_layers, self.reduction, self.breaks_in, self.block = num_layers, reduction, breaks_in, 256
         self.q = generator.normal(size=(num_layers, WIDTH, 4)).astype(np.float32)
         self.w = generator.normal(size=(num_layers, WIDTH + 4, WIDTH)).astype(np.float32)
 
     def standardise(self, features: Array, ids: NDArray[np.integer]) -> Array:
-        assert len(features) == len(ids) == BLOCK
+        assert len(features) == len(ids) == self.block
         return features - np.float32(0.5)
 
     def project(self, layer: int, hidden: Array) -> Array:
