@@ -84,9 +84,12 @@ def map_lists(
     return _open(folder, "indptr"), _open(folder, "values")
 
 
-def map_rows(storage: Storage, manifest: Manifest, cache: str | None) -> Table:
-    """A dataset of raw rows as one read-only table: where it lies, if that is a disk of this machine, else a copy."""
-    in_place = map_in_place(storage, manifest)
+def map_rows(storage: Storage, manifest: Manifest, cache: str | None, share: float = 1.0) -> Table:
+    """A dataset of raw rows as one read-only table: where it lies, if that is a disk of this machine, else a copy.
+
+    share is that of the rows that will be read, as far as it is known.
+    """
+    in_place = map_in_place(storage, manifest, share)
     if in_place is not None:
         return in_place
     return whole_table(manifest, _open(_replicate(storage, manifest, "rows", cache, "rows"), "values"))

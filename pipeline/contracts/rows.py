@@ -37,7 +37,9 @@ _HUGE = 1 << 21
 """Bytes of a huge page: a table of 1 GB is read at random a third faster where the system maps it by these."""
 _MOST_ADDRESSES = 1 << 45
 """A quarter of what a process has, of which gaps may take most."""
-_ADVICE = 14  # MADV_HUGEPAGE: what cannot be mapped so is mapped by small pages
+_MADV_RANDOM, _MADV_HUGEPAGE = 1, 14
+_DENSE = 0.2
+"""Rows of a small page that are read, from which on all of the file may be."""
 
 
 def rows_name(number: int) -> str:
@@ -100,8 +102,11 @@ def whole_table(manifest: Manifest, rows: NDArray[Any]) -> Table:
     return Table(rows, first_ids, first_ids)
 
 
-def map_in_place(storage: Storage, manifest: Manifest) -> Table | None:
-    """The shards where they lie as one read-only table, or None where that is not on a disk of this machine."""
+def map_in_place(storage: Storage, manifest: Manifest, share: float = 1.0) -> Table | None:
+    """The shards where they lie as one read-only table, or None where that is not on a disk of this machine.
+
+    share of the rows will be read: where that leaves most pages out, the system is told to read no others along.
+    """
     if not (storage.is_local and sys.platform == "linux" and is_on_this_host(storage.root)):
         return None
     dtype, width = np.dtype(manifest.metadata["dtype"]), int(manifest.metadata["width"])
@@ -114,7 +119,9 @@ def map_in_place(storage: Storage, manifest: Manifest) -> Table | None:
             break
     offsets = first_places * size
     paths = [storage.locate(f"{manifest.dataset}/{shard.name}") for shard in manifest.shards]
-    memory = _map_together(paths, [shard.bytes for shard in manifest.shards], offsets.tolist())
+    is_dense = share * max(1, mmap.PAGESIZE // size) > _DENSE
+    advice = _MADV_HUGEPAGE if is_dense else _MADV_RANDOM
+    memory = _map_together(paths, [shard.bytes for shard in manifest.shards], offsets.tolist(), advice)
     return Table(memory.view(dtype).reshape(-1, width), _first_ids(manifest), first_places)
 
 
@@ -135,7 +142,7 @@ def is_on_this_host(path: str) -> bool:
     return True
 
 
-def _map_together(paths: Sequence[str], sizes: Sequence[int], offsets: Sequence[int]) -> NDArray[np.uint8]:
+def _map_together(paths: Sequence[str], sizes: Sequence[int], offsets: Sequence[int], advice: int) -> NDArray[np.uint8]:
     """Files as one array of bytes, each at its offset, a multiple of the page size; what lies between is not there.
 
     The array begins where a huge page may.
@@ -177,7 +184,7 @@ def _map_together(paths: Sequence[str], sizes: Sequence[int], offsets: Sequence[
                     "manifest was written; run `pinsage inference --force`"
                 )
             place(base + offset, size, mmap.PROT_READ, _FIXED, file, path)
-            library.madvise(base + offset, size, _ADVICE)
+            library.madvise(base + offset, size, advice)  # only advice: a system may not know it
         finally:
             os.close(file)
     return np.ctypeslib.as_array(memory)

@@ -17,7 +17,7 @@ from pipeline.contracts.replica import map_rows
 from pipeline.contracts.rows import Table, read_own_rows
 from pipeline.contracts.sharding import count_shards, shard_bounds
 from pipeline.contracts.storage import Storage
-from pipeline.inference.comparing import as_bits, slots_of
+from pipeline.inference.members import as_bits, slots_of
 from pipeline.inference.network import Array, Network
 from pipeline.inference.sums import add_rows
 
@@ -39,12 +39,6 @@ class Earlier:
     @property
     def num_items(self) -> int:
         return self.embeddings.num_rows
-
-    def rows(self, name: str, ids: NDArray[np.integer], cache: str | None) -> Array:
-        """Rows of what it kept."""
-        table = map_rows(self.storage, self.kept[name], cache)
-        found: Array = table.rows[table.places(ids)]
-        return found
 
 
 def find_earlier(
@@ -138,10 +132,10 @@ class Overlay:
     @classmethod
     def open(
         cls, earlier: Earlier, name: str, storage: Storage, ids: Manifest, rows: Manifest, num_items: int,
-        cache: str | None,
+        cache: str | None, share: float,
     ) -> Overlay:  # fmt: skip
-        """Map both; num_items is of tonight."""
-        old, new_ids = map_rows(earlier.storage, earlier.kept[name], cache), all_ids(storage, ids)
+        """Map both; num_items is of tonight, and share of the earlier rows will be read."""
+        old, new_ids = map_rows(earlier.storage, earlier.kept[name], cache, share), all_ids(storage, ids)
         return cls(old, new_ids, as_bits(new_ids, num_items), map_rows(storage, rows, cache))
 
     def _slots(self, ids: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

@@ -3,9 +3,9 @@
 Reads ITEMS, what differs between the nights (`differences`), the earlier embeddings, and what the earlier run kept: its
 layers, content and lists, as raw rows that are mapped, so that of what did not change no more is read than the ids of
 its neighbours. An item's first message is made again if its content changed; its next vector if its list changed, or
-it, or one of its list, has another message; and so on. What comes out as it was goes no further. Sums are exact and
-blocks of one size (`sums.py`, `network.py`), so a vector does not depend on which others are made beside it. Memory per
-task: one shard's embeddings, and a bit an item.
+it, or one of its list, has a message made again; and so on. Sums are exact and blocks of one size (`sums.py`,
+`network.py`), so a vector does not depend on which others are made beside it. Memory per task: one shard's embeddings,
+and a bit an item.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from pipeline.contracts.datasets import Lineage, Manifest, arrow_to_vectors, ope
 from pipeline.contracts.rows import describe_rows, read_own_rows
 from pipeline.contracts.storage import Storage
 from pipeline.differences import find_changed
-from pipeline.inference.comparing import rows_with, same_vectors
 from pipeline.inference.earlier import (
     CONTENT,
     LISTS,
@@ -37,10 +36,11 @@ from pipeline.inference.earlier import (
     kept_names,
 )
 from pipeline.inference.halves import as_single
+from pipeline.inference.members import rows_with
 from pipeline.inference.network import Array, Network, filled, in_blocks
 from pipeline.inference.publishing import Publisher
 from pipeline.inference.reducers import key_of, read_lists
-from pipeline.inference.sums import exponent_of, largest_of, quantum
+from pipeline.inference.sums import exponent_of, largest_of, quantum, top_of
 from pipeline.inference.vectors import as_stored
 from pipeline.spark import Task, run_tasks
 from pipeline.steps import Made, Output, Report, run_step
@@ -136,10 +136,10 @@ class Incremental:
 
     def _combine(self, layer: int) -> None:
         """The next vectors of items that the changes reach, and their messages for the layer after, or embeddings."""
-        network, bounds, stored, cache = self._network, self._bounds, self._stored, self._cache
+        network, bounds, stored = self._network, self._bounds, self._stored
         earlier, is_last = self._earlier, layer + 1 == self._network.num_layers
-        own_of, largest, changed_of, lists_of = self._own(layer), self._largest, self._made_again, self._lists()
-        messages = self._overlay(f"projected-{layer + 1}")
+        own_of, largest, changed_of = self._own(layer), self._largest, self._made_again
+        messages, lists_of, weights_of = map(self._overlay, (f"projected-{layer + 1}", LISTS, WEIGHTS))
         unit = quantum(earlier.kept[f"projected-{layer + 1}"].metadata["exponent"], self._layer_dtype)
         dtype = self._dtype if is_last else self._layer_dtype
         following_names = [] if is_last else [f"hidden-{layer + 1}", f"projected-{layer + 2}"]
@@ -148,7 +148,7 @@ class Incremental:
 
         def make(task: Task) -> tuple[Sequence[Made], Report]:
             start, stop = bounds(task["shard"])
-            table, (lists, shares) = messages(), lists_of()
+            table, lists = messages(1.0), lists_of(1.0)
             reached = np.zeros(stop - start, np.bool_)
             for name in (LISTS, moved):
                 reached[changed_of(name, start, stop) - start] = True
@@ -156,7 +156,8 @@ class Incremental:
             former = lists.old.rows[lists.old.places(np.arange(start, start + known))]
             reached[:known] |= rows_with(table.bits, former)
             ids = start + np.flatnonzero(reached)
-            own, kept_weights = own_of(), shares.rows(ids)
+            share = len(ids) / max(1, stop - start)
+            own, kept_weights = own_of(share), weights_of(share).rows(ids)
             index, weights = network.lists(layer, np.where(kept_weights > 0, lists.rows(ids), 0), kept_weights)
 
             def block(part: slice) -> tuple[Array, ...]:
@@ -172,17 +173,9 @@ class Incremental:
             if is_last:
                 whole, report = publish(start, stop, ids, made[0])
                 return [whole], {"remade": len(ids), **report}
-            older = ids < earlier.num_items
-            is_other = np.ones(len(ids), np.bool_)
-            same = [
-                same_vectors(array[older], earlier.rows(name, ids[older], cache))
-                for array, name in zip(made, following_names, strict=True)
-            ]
-            is_other[older] = ~np.logical_and.reduce(same)
-            kept, rows = ids[is_other], [array[is_other] for array in made]
-            numbers = kept.astype(np.uint32)[:, None]
-            report = {"remade": len(ids), **largest(following_names[1], kept, rows[1])}
-            return [numbers, rows[0], numbers, rows[1]], report
+            numbers = ids.astype(np.uint32)[:, None]
+            report = {"remade": len(ids), **largest(following_names[1], ids, made[1])}
+            return [numbers, made[0], numbers, made[1]], report
 
         label = f"combine layer {layer + 1} again"
         if not is_last:
@@ -208,37 +201,35 @@ class Incremental:
             overlay, told = self._overlay(name), self._told(name)
             exponent = self._earlier.kept[name].metadata.get("exponent")
 
-            def make(task: Task, overlay: Callable[[], Overlay] = overlay) -> tuple[Sequence[Made], Report]:
-                rows = overlay().rows(np.arange(*bounds(task["shard"])))
-                return [rows], {"largest": largest_of(rows)}
+            def make(task: Task, overlay: Callable[[float], Overlay] = overlay) -> tuple[Sequence[Made], Report]:
+                ids = np.arange(*bounds(task["shard"]))
+                rows = overlay(1.0).rows(ids)
+                return [rows], top_of(ids, rows)
 
             def describe(
                 reports: list[Report], told: dict[str, Any] = told, exponent: int | None = exponent
             ) -> dict[str, Any]:
                 if exponent is None:
                     return told
-                return {**told, "exponent": exponent, "largest": [report["largest"] for report in reports]}
+                tops = {name: [report[name] for report in reports] for name in ("largest", "largest_id")}
+                return {**told, "exponent": exponent, **tops}
 
             self._step(f"keep {name}", [Output(f"{_LAYERS}/{name}", raw=True, describe=describe)], make)
 
     # ------------------------------------------------------------------------------------------ parts
 
-    def _own(self, layer: int) -> Callable[[], Callable[[NDArray[np.int64]], Array]]:
-        """In a task: what some items are before a layer, a block of them."""
+    def _own(self, layer: int) -> Callable[[float], Callable[[NDArray[np.int64]], Array]]:
+        """In a task that asks for a share of its items: what they are before a layer, a block of them."""
         network, overlay = self._network, self._overlay(f"hidden-{layer}" if layer else CONTENT)
         size = network.block
 
-        def open_own() -> Callable[[NDArray[np.int64]], Array]:
-            table = overlay()
+        def open_own(share: float) -> Callable[[NDArray[np.int64]], Array]:
+            table = overlay(share)
             if layer:
                 return lambda ids: as_single(filled(table.rows(ids), size))
             return lambda ids: network.standardise(as_single(filled(table.rows(ids), size)), filled(ids, size))
 
         return open_own
-
-    def _lists(self) -> Callable[[], tuple[Overlay, Overlay]]:
-        lists, weights = self._overlay(LISTS), self._overlay(WEIGHTS)
-        return lambda: (lists(), weights())
 
     def _made_again(self, name: str, start: int, stop: int) -> NDArray[np.int64]:
         """Which of the items [start, stop) were made again."""
@@ -254,11 +245,11 @@ class Incremental:
         name = _SAME_IDS.get(name, name) if part == "ids" else name
         return open_manifest(self._storage, f"{AGAIN}/{name}-{part}")
 
-    def _overlay(self, name: str) -> Callable[[], Overlay]:
-        """What was kept as it is tonight: to be opened in a task."""
+    def _overlay(self, name: str) -> Callable[[float], Overlay]:
+        """What was kept as it is tonight: to be opened in a task that reads a share of its rows."""
         earlier, cache, storage = self._earlier, self._cache, self._storage
         parts, num_items = (self._again(name, "ids"), self._again(name, "rows")), self._num_items
-        return lambda: Overlay.open(earlier, name, storage, *parts, num_items, cache)
+        return lambda share: Overlay.open(earlier, name, storage, *parts, num_items, cache, share)
 
     def _width(self, name: str) -> int:
         return int(self._earlier.kept[name].metadata["width"])
@@ -274,13 +265,8 @@ class Incremental:
 
     def _largest(self, name: str, ids: NDArray[np.int64], made: Array) -> Report:
         """The largest value of what was made, and which shards of the earlier layer lose their largest by it."""
-        old = self._earlier.kept[name]
-        ends = np.cumsum([shard.rows for shard in old.shards])
-        known = ids[ids < old.num_rows]
-        shards = np.searchsorted(ends, known, side="right")
-        values = self._earlier.rows(name, known, self._cache).max(axis=1, initial=0)
-        tops = np.array(old.metadata["largest"])[shards]
-        return {"largest": largest_of(made), "tops": np.unique(shards[values >= tops]).tolist()}
+        tops = np.isin(self._earlier.kept[name].metadata["largest_id"], ids)
+        return {"largest": largest_of(made), "tops": np.flatnonzero(tops).tolist()}
 
     def _check_scale(self, name: str, reports: list[Report]) -> None:
         """TooDifferentError if the layer's largest value, as it is now, is in another power of two."""

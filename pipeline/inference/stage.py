@@ -37,7 +37,7 @@ from pipeline.inference.halves import as_single
 from pipeline.inference.incremental import AGAIN, Incremental, TooDifferentError, find_changes
 from pipeline.inference.network import Array, Network, filled, in_blocks
 from pipeline.inference.reducers import Gather, Reducer, read_lists
-from pipeline.inference.sums import exponent_of, largest_of, quantum
+from pipeline.inference.sums import exponent_of, quantum, top_of
 from pipeline.inference.vectors import as_stored
 from pipeline.spark import Task, say
 from pipeline.steps import Made, Output, Report, run_step
@@ -117,7 +117,7 @@ class Layers:
             own = _standardised(network, ids, features)
             projected = in_blocks(lambda part: keep(part, network.project(0, own(part))), len(ids), network.block)
             made = [projected, features] if keeps else [projected]
-            return made, {**_widths(projected=projected), "content": [features.dtype.str, features.shape[1]]}
+            return made, {**_widths(ids, projected=projected), "content": [features.dtype.str, features.shape[1]]}
 
         outputs = [self._raw("projected-1", "projected")]
         if keeps:
@@ -155,7 +155,7 @@ class Layers:
         stored = self._stored(self.dtype if is_last else self.layer_dtype)
         projected = open_manifest(self.storage, _dataset(f"projected-{layer + 1}"))
         unit = quantum(projected.metadata["exponent"], self.layer_dtype)
-        sums, made_of = self.reducer.sums(layer, projected, unit), self.reducer.made_of
+        sums, made_of, ids_of = self.reducer.sums(layer, projected, unit), self.reducer.made_of, self.reducer.ids
 
         def make(task: Task) -> tuple[Sequence[Made], Report]:
             shard = task["shard"]
@@ -173,7 +173,7 @@ class Layers:
             if is_last:
                 rows, report = made_of(shard, made[0])
                 return [rows], report
-            return made, _widths(hidden=made[0], projected=made[1])
+            return made, _widths(ids_of(shard), hidden=made[0], projected=made[1])
 
         outputs = [self.reducer.embedded()]
         if not is_last:
@@ -220,8 +220,8 @@ class Layers:
 
         def describe(reports: list[Report]) -> dict[str, Any]:
             width = max(report[of]["width"] for report in reports)
-            largest = [report[of]["largest"] for report in reports]
-            return {**describe_rows(dtype, width), "exponent": exponent_of(max(largest)), "largest": largest}
+            tops = {name: [report[of][name] for report in reports] for name in ("largest", "largest_id")}
+            return {**describe_rows(dtype, width), "exponent": exponent_of(max(tops["largest"])), **tops}
 
         return Output(_dataset(name), raw=True, describe=describe)
 
@@ -250,5 +250,5 @@ def _dataset(name: str) -> str:
     return f"{schemas.LAYERS.name}/{name}"
 
 
-def _widths(**arrays: Array) -> Report:
-    return {name: {"width": array.shape[1], "largest": largest_of(array)} for name, array in arrays.items()}
+def _widths(ids: NDArray[np.int64], **arrays: Array) -> Report:
+    return {name: {"width": array.shape[1], **top_of(ids, array)} for name, array in arrays.items()}

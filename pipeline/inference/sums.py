@@ -36,6 +36,15 @@ def largest_of(rows: NDArray[Any]) -> float:
     return float(rows.view(np.int16).max(initial=0).view(np.float16))
 
 
+def top_of(ids: NDArray[np.integer], rows: NDArray[Any]) -> dict[str, Any]:
+    """The largest value of items' rows, and the first item that has it; -1 if there are none."""
+    values = rows.view(np.int16) if rows.dtype == np.float16 else rows
+    return {
+        "largest": largest_of(rows),
+        "largest_id": int(ids[int(values.argmax()) // rows.shape[1]]) if rows.size else -1,
+    }
+
+
 def exponent_of(largest: float) -> int:
     """Of the least power of two that no value of a layer exceeds: it stays while the largest changes a little."""
     return math.frexp(largest)[1] if largest > 0 else 0

@@ -1,4 +1,4 @@
-"""What differs between two nights, and which lists the differences reach. numpy in, numpy out."""
+"""Sets of items as bits: which lists have one of them, and where it is among them. numpy in, numpy out."""
 
 from __future__ import annotations
 
@@ -11,16 +11,6 @@ from numpy.typing import NDArray
 from pipeline.mixing import read_only
 
 _ZERO, _ONE, _SIX, _MASK = np.uint64(0), np.uint64(1), np.uint64(6), np.uint64(63)
-
-
-def same_vectors(now: NDArray[Any], then: NDArray[Any]) -> NDArray[np.bool_]:
-    """Which rows [n, width] have the same bits."""
-    if now.dtype != then.dtype or now.shape != then.shape:
-        return np.zeros(len(now), np.bool_)
-    kind = f"u{now.dtype.itemsize}"
-    result = np.zeros(len(now), np.bool_)
-    _same_rows(read_only(now).view(kind), read_only(then).view(kind), result)
-    return result
 
 
 def as_bits(ids: NDArray[np.integer], size: int) -> NDArray[np.uint64]:
@@ -42,15 +32,6 @@ def slots_of(bits: NDArray[np.uint64], members: NDArray[np.uint32], ids: NDArray
     slots = np.empty(ids.shape, np.int64)
     _find_slots(bits, read_only(members), read_only(ids, np.int64).reshape(-1), slots.reshape(-1))
     return slots
-
-
-@numba.njit(nogil=True, cache=True)
-def _same_rows(now: Any, then: Any, result: Any) -> None:
-    for row in range(len(now)):
-        same = True
-        for j in range(now.shape[1]):
-            same &= now[row, j] == then[row, j]
-        result[row] = same
 
 
 @numba.njit(nogil=True, cache=True)

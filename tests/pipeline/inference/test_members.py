@@ -1,24 +1,11 @@
-"""What two nights differ in, against the slow and obvious way."""
+"""Sets as bits, and the largest of a layer, against the slow and obvious way."""
 
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
-from pipeline.inference.comparing import as_bits, rows_with, same_vectors, slots_of
-from pipeline.inference.sums import largest_of
-
-
-@pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_vectors_are_the_same_if_all_their_bits_are(dtype: type) -> None:
-    now: np.ndarray = np.random.default_rng(0).random((5, 7)).astype(dtype)
-    then = now.copy()
-    then[1, 6] += 1
-    now[2], then[2] = 0.0, -0.0
-    now[3], then[3] = np.nan, np.nan
-    assert same_vectors(now, then).tolist() == [True, False, False, True, True]
-    assert not same_vectors(now, then[:, :6]).any()
-    assert same_vectors(now[:, :0], then[:, :0]).all()
+from pipeline.inference.members import as_bits, rows_with, slots_of
+from pipeline.inference.sums import largest_of, top_of
 
 
 def test_rows_with_any_of_a_set_are_found() -> None:
@@ -48,3 +35,11 @@ def test_the_largest_half_is_found_by_its_bits() -> None:
     assert largest_of(-np.abs(rows)) == 0
     assert largest_of(rows[:0]) == 0
     assert largest_of(rows.astype(np.float32)) == float(rows.astype(np.float32).max())
+
+
+def test_the_item_with_the_largest_value_is_named() -> None:
+    rows = np.random.default_rng(4).random((50, 9)).astype(np.float16)
+    rows[31, 4] = 2
+    for single in (rows, rows.astype(np.float32)):
+        assert top_of(np.arange(100, 150), single) == {"largest": 2.0, "largest_id": 131}
+    assert top_of(np.arange(0), rows[:0]) == {"largest": 0.0, "largest_id": -1}
