@@ -20,6 +20,9 @@ from pipeline.contracts.sharding import shuffled
 
 TWO_LEVELS = 8192
 """From so many lists on, k-means goes in two levels."""
+POLISHING = 3
+"""Rounds over all centroids that follow."""
+_LINKS = 16
 SAMPLE_SHARDS = 256
 """The sample comes from at most so many shards, evenly spread: the others need not be read for it."""
 CODE_ROWS = 65_536
@@ -141,6 +144,8 @@ def _train_lists(lists: faiss.IndexIVF, sample: Floats, seed: int, gpu: bool) ->
     spherical = bool(lists.cp.spherical)
     if lists.nlist >= TWO_LEVELS and not gpu:
         centroids = two_levels(sample, lists.nlist, seed, spherical)
+        for _ in range(POLISHING):
+            centroids = polished(centroids, sample, spherical)
     else:
         centroids = kmeans(sample, lists.nlist, seed, spherical, gpu)
     graph = isinstance(faiss.downcast_index(lists.quantizer), faiss.IndexHNSW)
@@ -165,6 +170,32 @@ def two_levels(sample: Floats, number: int, seed: int, spherical: bool) -> Float
         if share
     ]
     return np.concatenate(found)
+
+
+def polished(centroids: Floats, sample: Floats, spherical: bool) -> Floats:
+    """One round of k-means over all centroids [number, d]: each is moved to the mean of the vectors nearest to it.
+
+    Levels keep a vector from centroids of other groups; this lets it go. Nearest as a graph finds it, built by one
+    thread, as its links depend on the order.
+    """
+    width = sample.shape[1]
+    metric = faiss.METRIC_INNER_PRODUCT if spherical else faiss.METRIC_L2
+    graph = faiss.IndexHNSWFlat(width, _LINKS, metric)
+    with omp_threads(1):
+        graph.add(centroids)
+    owner = graph.search(sample, 1)[1][:, 0]
+    order, sizes = np.argsort(owner, kind="stable"), np.bincount(owner, minlength=len(centroids))
+    filled = np.flatnonzero(sizes)
+    starts = np.concatenate([[0], np.cumsum(sizes[filled])[:-1]])
+    result = centroids.copy()
+    for first in range(0, len(filled), CODE_ROWS // 64):
+        some = slice(first, first + CODE_ROWS // 64)
+        end = starts[some][-1] + sizes[filled[some]][-1]
+        rows = sample[order[starts[some][0] : end]]
+        result[filled[some]] = np.add.reduceat(rows, starts[some] - starts[some][0]) / sizes[filled[some], None]
+    if spherical:
+        faiss.normalize_L2(result)
+    return result
 
 
 def _shares(sizes: NDArray[np.int64], number: int) -> NDArray[np.int64]:
