@@ -7,11 +7,15 @@ that says what was made. Errors that the user can mend travel back as messages, 
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import gc
 import json
 import os
+import shutil
 import socket
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -54,6 +58,8 @@ _LOCATORS = "UserProvidedCacheLocator,InTreeCacheLocator,UserWideCacheLocator,IP
 """Where numba looks for compiled kernels of its own accord."""
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 """Of mallopt, in the GNU C library: how much free memory stays, how many arrays are mapped by themselves."""
+_LONGEST_FOLDER = 61
+"""Letters of a folder that Spark takes for its sockets: a socket's path has 104 at most."""
 _QUIET = Path(__file__).with_name("log4j2.properties")
 
 
@@ -68,11 +74,13 @@ def session(resources: SparkResources, name: str) -> SparkSession:
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # tasks side by side: spinning threads cost up to 8 times
     builder = SparkSession.builder.appName(name)
+    local: dict[str, str] = {}
     if resources.master and not submitted:
         builder = builder.master(resources.master)
         if resources.master.startswith("local"):
-            builder = builder.config("spark.driver.bindAddress", "127.0.0.1").config("spark.driver.host", "127.0.0.1")
+            local = {"spark.driver.bindAddress": "127.0.0.1", "spark.driver.host": "127.0.0.1", **_unix_sockets()}
     conf = {
+        **local,
         "spark.driver.memory": resources.driver_memory,
         "spark.sql.shuffle.partitions": str(resources.shuffle_partitions),
         "spark.default.parallelism": str(resources.shuffle_partitions),
@@ -110,6 +118,21 @@ def session(resources: SparkResources, name: str) -> SparkSession:
         ) from error
     spark.sparkContext.setLogLevel("ERROR")
     return spark
+
+
+@lru_cache(maxsize=1)
+def _unix_sockets() -> dict[str, str]:
+    """Settings for sockets of this machine between Spark and its Python workers, in a folder closed to other users.
+
+    Over TCP every task waited 40 ms for an acknowledgement that the system delays. Not on clusters: a container's
+    temporary folder may have too long a name for a socket in it.
+    """
+    prefix = "pinsage-spark-"
+    if not hasattr(socket, "AF_UNIX") or len(f"{tempfile.gettempdir()}/{prefix}") > _LONGEST_FOLDER - 8:
+        return {}
+    folder = tempfile.mkdtemp(prefix=prefix)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return {"spark.python.unix.domain.socket.enabled": "true", "spark.python.unix.domain.socket.dir": folder}
 
 
 def _submitted_settings() -> dict[str, str]:
@@ -159,6 +182,7 @@ def run_tasks(
         _keep_memory()
         for number, text in partition:
             yield number, _guarded(work, json.loads(text))
+        _spare_modules()
 
     with progress(label, len(rows), spark):
         collected = dict(partitioned.mapPartitions(run).collect())
@@ -175,6 +199,19 @@ def _keep_memory() -> None:
     for option, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1)):
         if setting is not None:
             setting(option, value)
+
+
+_spared = 0
+"""How many modules this process had when what they are made of was last spared."""
+
+
+def _spare_modules() -> None:
+    """Take what imports made out of garbage collection: Spark's worker collects all after every task, 30 ms of it."""
+    global _spared
+    if len(sys.modules) != _spared:
+        gc.collect()
+        gc.freeze()
+        _spared = len(sys.modules)
 
 
 def make_shards(
