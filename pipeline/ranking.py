@@ -209,7 +209,7 @@ def _pair_scores(
     return scores, tolerances
 
 
-@numba.njit(nogil=True)
+@numba.njit(cache=True, nogil=True)
 def _count(
     scores: Any,
     lines: Any,
@@ -246,7 +246,7 @@ def _count(
         counts[1, e] += at_least - above
 
 
-@numba.njit(nogil=True)
+@numba.njit(cache=True, nogil=True)
 def _two_hops(
     items: Any,
     weights: Any,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 from infra.launch.package import build
 from pipeline.kernel_cache import ByContent
 from pipeline.mixing import mix
+from tests.runs import ROOT
 
 USE = """
 import numpy as np
@@ -31,6 +33,18 @@ def test_a_package_at_another_place_finds_what_was_compiled(tmp_path: Path) -> N
     with zipfile.ZipFile(package, "a") as archive:
         archive.writestr("pipeline/changed.py", "")
     assert _use(tmp_path, package, "app-3")[:2] == ["0", "1"]
+
+
+def test_every_kernel_is_kept() -> None:
+    """One that is not is compiled in every worker of every night."""
+    found = []
+    for source in sorted((ROOT / "pipeline").rglob("*.py")):
+        for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                marks = [ast.unparse(mark) for mark in node.decorator_list if "njit" in ast.unparse(mark)]
+                found += [(f"{source.name}: {node.name}", mark) for mark in marks]
+    assert len(found) > 20
+    assert [name for name, mark in found if "cache=True" not in mark] == []
 
 
 def test_code_in_a_folder_is_left_to_numba() -> None:
