@@ -45,6 +45,7 @@ from pipeline.steps import Blocks, Output, Report, run_step
 
 _DAY = 86_400
 _FOOTER_BYTES = 1 << 16
+_GROUP_SHARDS = 32
 _EMPTY_ROWS = 10
 """Users of a part, in rows_per_shard: only a part of users mostly without interactions has more and is cut."""
 Made = tuple[list[pa.Table | Blocks], Report]
@@ -279,12 +280,14 @@ def _user_spans(spark: SparkSession, storage: Storage, interactions: Manifest) -
     def work(task: Task) -> Task:
         return {"spans": [span(number) for number in range(task["first"], task["stop"])]}
 
-    tasks = [
-        {"first": first, "stop": min(first + 32, len(interactions.shards))}
-        for first in range(0, len(interactions.shards), 32)
-    ]
-    results = run_tasks(spark, tasks, work, "graph: which users are where")
+    results = run_tasks(spark, _groups(interactions), work, "graph: which users are where")
     return tuple(None if found is None else (found[0], found[1]) for result in results for found in result["spans"])
+
+
+def _groups(manifest: Manifest) -> list[Task]:
+    """Tasks for what takes less time of a shard than a task does: so many of them, one after the other."""
+    count = len(manifest.shards)
+    return [{"first": first, "stop": min(first + _GROUP_SHARDS, count)} for first in range(0, count, _GROUP_SHARDS)]
 
 
 # ------------------------------------------------------------------------------------------------ report
@@ -316,10 +319,10 @@ def _degrees_before(spark: SparkSession, storage: Storage, dataset: Dataset) -> 
     manifest = open_manifest(storage, dataset)
 
     def work(task: Task) -> Task:
-        return degree_counts(read_shard(storage, manifest, task["shard"], ["degree"]).column("degree").to_numpy())
+        tables = (read_shard(storage, manifest, number, ["degree"]) for number in range(task["first"], task["stop"]))
+        return added(degree_counts(table.column("degree").to_numpy()) for table in tables)
 
-    tasks = [{"shard": number} for number in range(len(manifest.shards))]
-    return added(run_tasks(spark, tasks, work, f"graph: degrees of {dataset.name}"))
+    return added(run_tasks(spark, _groups(manifest), work, f"graph: degrees of {dataset.name}"))
 
 
 def describe_side(report: Report, before: Report) -> dict[str, Any]:

@@ -47,8 +47,9 @@ def random_events(count: int = 600, num_users: int = 40, num_items: int = 25, se
 
 
 def write_run(
-    storage: Storage, events: Sequence[Event], num_users: int, num_items: int, cuts: Sequence[int] = ()
-) -> None:
+    storage: Storage, events: Sequence[Event], num_users: int, num_items: int, cuts: Sequence[int] = (),
+    rows_per_shard: int = 100,
+) -> None:  # fmt: skip
     """What ingest leaves; cuts are the rows where a new shard of interactions begins."""
     rows = sorted(events, key=lambda event: (event[0], event[2]))
     names = ["user_id", "item_id", "timestamp", "weight", "split"]
@@ -68,7 +69,9 @@ def write_run(
         columns = {"key": [str(n) for n in range(count)], "id": list(range(count)), "title": [None] * count}
         columns |= {"degree": [degrees[n] for n in range(count)], "first_seen": [0] * count}
         nodes = pa.table([pa.array(columns[f.name], f.type) for f in dataset.arrow], schema=dataset.arrow)
-        commit(storage, dataset, [write_shard(storage, dataset, 0, nodes, LINEAGE)], LINEAGE)
+        parts = [nodes.slice(start, rows_per_shard) for start in range(0, count, rows_per_shard)]
+        shards = [write_shard(storage, dataset, number, part, LINEAGE) for number, part in enumerate(parts)]
+        commit(storage, dataset, shards, LINEAGE)
 
 
 def make_settings(storage: Storage, rows_per_shard: int = 10, **limits: Any) -> Settings:
@@ -209,9 +212,12 @@ def test_random_limits_keep_as_many_edges_and_the_same_in_both_directions(
     assert max(Counter(item for _, item in edges).values()) == 6
 
 
-def test_degrees_before_and_after_are_those_of_the_edges(spark: SparkSession, storage: Storage) -> None:
+def test_degrees_before_and_after_are_those_of_the_edges(
+    spark: SparkSession, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph, "_GROUP_SHARDS", 2)
     events = random_events()
-    write_run(storage, events, 45, 30, cuts=[300])
+    write_run(storage, events, 45, 30, cuts=[300], rows_per_shard=10)
     reports = build(spark, storage, max_user_degree=6, min_item_degree=2)
     for when, edges in (("before", set(trained(events))), ("after", edges_of(storage))):
         for side, count in enumerate((45, 30)):
