@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from functools import partial
 
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 
 from model.export import BLOCK, GPU_BLOCK, Exported, load_exported
 from pipeline.contracts import schemas
@@ -19,7 +19,7 @@ from pipeline.inference import stage
 from pipeline.spark import assigned_gpu, say
 
 
-def run_inference(spark: SparkSession, storage: Storage, settings: Settings, lineage: Lineage) -> None:
+def run_inference(spark: SparkContext, storage: Storage, settings: Settings, lineage: Lineage) -> None:
     """Load the trained network and embed every item with it."""
     stage.run(spark, storage, settings, lineage, load_network(storage, open_manifest(storage, schemas.MODEL), settings))
 

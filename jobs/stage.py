@@ -18,7 +18,7 @@ from importlib import import_module
 from typing import Annotated, Any
 
 import typer
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 from rich.console import Console
 from rich.markup import escape
 
@@ -161,12 +161,12 @@ def is_not_needed(stage: Stage, settings: Settings) -> bool:
     return stage is schemas.PAIRS_STAGE and settings.task.training.epochs == 0
 
 
-def _runner(stage: Stage) -> Callable[[SparkSession, Storage, Settings, Lineage], None]:
+def _runner(stage: Stage) -> Callable[[SparkContext, Storage, Settings, Lineage], None]:
     if stage is schemas.INFERENCE:
         from jobs.inference import run_inference
 
         return run_inference
-    run: Callable[[SparkSession, Storage, Settings, Lineage], None] = import_module(f"pipeline.{stage.name}").run
+    run: Callable[[SparkContext, Storage, Settings, Lineage], None] = import_module(f"pipeline.{stage.name}").run
     return run
 
 
@@ -205,7 +205,7 @@ def _train(settings: Settings, force: bool) -> None:
 
 
 @contextmanager
-def spark_session(settings: Settings) -> Iterator[SparkSession]:
+def spark_session(settings: Settings) -> Iterator[SparkContext]:
     """Spark while the block runs, for all that is run in it; a session that was there before is left running."""
     held = _LazySession(settings)
     try:
@@ -219,10 +219,10 @@ class _LazySession:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._spark: SparkSession | None = None
+        self._spark: SparkContext | None = None
         self._found = is_running()
 
-    def __call__(self) -> SparkSession:
+    def __call__(self) -> SparkContext:
         if self._spark is None:
             self._spark = session(self._settings.resources.spark, self._settings.task.name)
         return self._spark

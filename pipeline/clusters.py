@@ -15,7 +15,7 @@ import numba
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 
 from pipeline.contracts import schemas
 from pipeline.contracts.datasets import (
@@ -54,7 +54,7 @@ class Homes:
 
 
 def lay_out(
-    spark: SparkSession, storage: Storage, lineage: Lineage, item_users: Manifest, user_items: Manifest, rounds: int,
+    spark: SparkContext, storage: Storage, lineage: Lineage, item_users: Manifest, user_items: Manifest, rounds: int,
     scratch: str, cache: str | None, num_homes: int | None = None, schema: pa.Schema = _LISTS,
 ) -> Homes:  # fmt: skip
     """Give every item a home, as many as item_users has shards, and send its row there; 0 rounds: homes by id.
@@ -79,7 +79,7 @@ def lay_out(
 
 
 def _propagated(
-    spark: SparkSession, storage: Storage, lineage: Lineage, item_users: Manifest, user_items: Manifest, rounds: int,
+    spark: SparkContext, storage: Storage, lineage: Lineage, item_users: Manifest, user_items: Manifest, rounds: int,
     scratch: str, cache: str | None,
 ) -> Manifest | None:  # fmt: skip
     """Every item's label after so many rounds, None for its own id; of the rounds only the last two are kept."""
@@ -104,7 +104,7 @@ def _propagated(
 
 
 def _placed(
-    spark: SparkSession, storage: Storage, lineage: Lineage, item_users: Manifest, labels: Manifest | None,
+    spark: SparkContext, storage: Storage, lineage: Lineage, item_users: Manifest, labels: Manifest | None,
     scratch: str, num_homes: int,
 ) -> Manifest:  # fmt: skip
     """Items in the order of (label, id), cut into equal parts: a dense dataset of every item's part."""

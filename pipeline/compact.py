@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from pipeline.contracts.config import Compact, Settings
@@ -48,7 +48,7 @@ _LARGEST = 127
 Floats = NDArray[np.float32]
 
 
-def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Lineage) -> None:
+def run(spark: SparkContext, storage: Storage, settings: Settings, lineage: Lineage) -> None:
     """Make every form that is wanted; without any, empty datasets."""
     wanted, embeddings = settings.task.compact, open_manifest(storage, EMBEDDINGS)
     begin(storage, COMPACT)
@@ -123,7 +123,7 @@ def _check_width(wanted: Compact, width: int) -> None:
         )
 
 
-def _sample(spark: SparkSession, storage: Storage, embeddings: Manifest, lineage: Lineage, seed: int) -> Floats:
+def _sample(spark: SparkContext, storage: Storage, embeddings: Manifest, lineage: Lineage, seed: int) -> Floats:
     """At most SAMPLE embeddings from all over the catalogue."""
     drawn = sample_rows(embeddings.num_rows, SAMPLE, seed)
     bounds = np.cumsum([0, *(shard.rows for shard in embeddings.shards)])

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 
 from pipeline.contracts import schemas
 from pipeline.contracts.datasets import (
@@ -80,7 +80,7 @@ class Noting:
             begin(self._storage, name)
 
     def store(
-        self, spark: SparkSession, num_shards: int, make: Callable[[int], pa.Table], label: str,
+        self, spark: SparkContext, num_shards: int, make: Callable[[int], pa.Table], label: str,
         metadata: Mapping[str, object],
     ) -> Manifest:  # fmt: skip
         """Make the dataset of what make returns for every shard's number, but those that an interrupted attempt has."""

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from pipeline import ranking, report
@@ -44,7 +44,7 @@ HEALTH_SAMPLE = 1000
 DAY = 86_400
 
 
-def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Lineage) -> None:
+def run(spark: SparkContext, storage: Storage, settings: Settings, lineage: Lineage) -> None:
     """Rank, sum up, write the numbers and the page."""
     manifests = {dataset.name: datasets.open_manifest(storage, dataset) for dataset in schemas.EVALUATION_STAGE.reads}
     check_rows(manifests)

@@ -17,7 +17,7 @@ from dataclasses import asdict
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 
 from pipeline.contracts.datasets import (
     Lineage,
@@ -41,7 +41,7 @@ MAX_DESTINATIONS = 1 << 16
 
 
 def scatter(
-    spark: SparkSession,
+    spark: SparkContext,
     storage: Storage,
     name: str,
     lineage: Lineage,
@@ -86,7 +86,7 @@ def write_blocks(
     return write_file(storage, name, blocks_name(number), data, lineage, rows=table.num_rows)
 
 
-def destination_rows(spark: SparkSession, storage: Storage, manifest: Manifest, label: str) -> NDArray[np.int64]:
+def destination_rows(spark: SparkContext, storage: Storage, manifest: Manifest, label: str) -> NDArray[np.int64]:
     """How many rows every destination is sent [destinations]: to cut a hub's work into parts before it starts."""
     number = int(manifest.metadata["destinations"])
     shares = np.array_split(np.arange(len(manifest.shards)), min(len(manifest.shards), 16))

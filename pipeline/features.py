@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 
 from pipeline.contracts import config
 from pipeline.contracts.config import Settings
@@ -58,7 +58,7 @@ def inputs(features: config.Features) -> dict[str, str]:
     return {"previous encoders": open_manifest(Storage(features.previous), ENCODERS).content}
 
 
-def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Lineage) -> None:
+def run(spark: SparkContext, storage: Storage, settings: Settings, lineage: Lineage) -> None:
     """Fit the encoders, or take an earlier run's, unless an interrupted attempt did; then encode every shard."""
     items, content = open_manifest(storage, ITEMS), open_manifest(storage, CONTENT)
     noting = Noting(storage, FEATURES, lineage, settings.task.data.previous)

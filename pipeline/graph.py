@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 
 from pipeline import graph_kernel as kernel
 from pipeline.contracts import schemas
@@ -51,7 +51,7 @@ _EMPTY_ROWS = 10
 Made = tuple[list[pa.Table | Blocks], Report]
 
 
-def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Lineage) -> None:
+def run(spark: SparkContext, storage: Storage, settings: Settings, lineage: Lineage) -> None:
     """Build both directions of the graph from the training interactions."""
     for dataset in schemas.GRAPH.writes:
         if finished_manifest(storage, dataset, lineage) is None:
@@ -107,7 +107,7 @@ def _why_empty(events: int) -> str:
 # ------------------------------------------------------------------------------------------------ what a task makes
 
 
-def plan(spark: SparkSession, storage: Storage, settings: Settings) -> Maker:
+def plan(spark: SparkContext, storage: Storage, settings: Settings) -> Maker:
     """Which users and items the tasks own: of the users as many parts as interactions have shards, or a multiple."""
     interactions = open_manifest(storage, schemas.INTERACTIONS)
     num_users, num_items = (open_manifest(storage, d).num_rows for d in (schemas.USERS, schemas.ITEMS))
@@ -259,7 +259,7 @@ class Maker:
         return pa.table(columns, schema=schemas.ITEM_USERS.arrow)
 
 
-def _user_spans(spark: SparkSession, storage: Storage, interactions: Manifest) -> tuple[tuple[int, int] | None, ...]:
+def _user_spans(spark: SparkContext, storage: Storage, interactions: Manifest) -> tuple[tuple[int, int] | None, ...]:
     """The first and last user of every shard, None of an empty one, from the shards' last bytes if these say it."""
 
     def span(number: int) -> tuple[int, int] | None:
@@ -314,7 +314,7 @@ def added(reports: Iterable[Report]) -> Report:
     return total
 
 
-def _degrees_before(spark: SparkSession, storage: Storage, dataset: Dataset) -> Report:
+def _degrees_before(spark: SparkContext, storage: Storage, dataset: Dataset) -> Report:
     """What the whole training period gives, as ingest counted it."""
     manifest = open_manifest(storage, dataset)
 

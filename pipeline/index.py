@@ -22,7 +22,7 @@ from typing import Any
 
 import faiss
 import numpy as np
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 
 from pipeline import report
 from pipeline.ann import building, parts, recall, training
@@ -64,7 +64,7 @@ class Trained:
 class Build:
     """What all steps of one build share; seconds of each step go to the log."""
 
-    spark: SparkSession
+    spark: SparkContext
     source: Source
     settings: Settings
     choice: Choice
@@ -81,7 +81,7 @@ class Build:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
 
 
-def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Lineage) -> None:
+def run(spark: SparkContext, storage: Storage, settings: Settings, lineage: Lineage) -> None:
     """Build the index, tune it, measure it; an interrupted build goes on after the last finished file."""
     embeddings = datasets.open_manifest(storage, EMBEDDINGS)
     if embeddings.num_rows == 0:

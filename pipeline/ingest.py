@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 
 from pipeline import event_kernel, sources
 from pipeline import keys as kernel
@@ -77,7 +77,7 @@ def inputs(data: Data) -> dict[str, str]:
     return found
 
 
-def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Lineage) -> None:
+def run(spark: SparkContext, storage: Storage, settings: Settings, lineage: Lineage) -> None:
     """Read, clean, number, split and store everything that later stages need of the user's files."""
     work = _Work(spark, storage, lineage, settings)
     catalogue = _read_catalogue(work)
@@ -149,8 +149,8 @@ class _Side:
 class _Work:
     """What every step needs; tasks take it along, without Spark."""
 
-    def __init__(self, spark: SparkSession, storage: Storage, lineage: Lineage, settings: Settings) -> None:
-        self._spark: SparkSession | None = spark
+    def __init__(self, spark: SparkContext, storage: Storage, lineage: Lineage, settings: Settings) -> None:
+        self._spark: SparkContext | None = spark
         self.storage, self.lineage, self.cache = storage, lineage, settings.resources.cache
         self.data, self.split, self.seed = settings.task.data, settings.task.split, settings.task.seed
         self.rows_per_shard = settings.resources.rows_per_shard

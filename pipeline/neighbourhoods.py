@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 
 from pipeline.clusters import Homes, lay_out
 from pipeline.contracts import schemas
@@ -96,7 +96,7 @@ class Neighbourhoods:
     """
 
     def __init__(
-        self, spark: SparkSession, storage: Storage, settings: Settings, lineage: Lineage, scratch: str, strategy: str
+        self, spark: SparkContext, storage: Storage, settings: Settings, lineage: Lineage, scratch: str, strategy: str
     ) -> None:
         self._spark, self._storage, self._lineage, self._folder = spark, storage, lineage, scratch
         self._cache, self._walks, self._seed = settings.resources.cache, settings.task.walks, settings.task.seed

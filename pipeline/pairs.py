@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 
 from pipeline.contracts import schemas
 from pipeline.contracts.config import Pairs, Settings
@@ -43,13 +43,13 @@ _QUERIES = pa.schema([("query", pa.uint32())])
 _NONE = np.zeros(0, np.uint32)
 
 
-def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Lineage) -> None:
+def run(spark: SparkContext, storage: Storage, settings: Settings, lineage: Lineage) -> None:
     """Write the pairs and the questions, then the hard negatives."""
     _store_pairs(spark, storage, settings, lineage)
     _store_hard_negatives(spark, storage, settings, lineage)
 
 
-def _store_pairs(spark: SparkSession, storage: Storage, settings: Settings, lineage: Lineage) -> None:
+def _store_pairs(spark: SparkContext, storage: Storage, settings: Settings, lineage: Lineage) -> None:
     wanted, interactions = settings.task.pairs, open_manifest(storage, schemas.INTERACTIONS)
     seed = stage_seed(settings.task.seed, schemas.QUESTIONS.name)
     share = min(1.0, wanted.questions / max(1, int(interactions.metadata.get("validation", wanted.questions))))
@@ -134,7 +134,7 @@ def drawn(
     return rows
 
 
-def _store_hard_negatives(spark: SparkSession, storage: Storage, settings: Settings, lineage: Lineage) -> None:
+def _store_hard_negatives(spark: SparkContext, storage: Storage, settings: Settings, lineage: Lineage) -> None:
     """Rank by composing every query's whole first hop with rows of its nearest items; draw from the ranks."""
     pairs, seed = settings.task.pairs, stage_seed(settings.task.seed, schemas.PAIRS_STAGE.name)
     near = Neighbourhoods(
@@ -169,7 +169,7 @@ def _store_hard_negatives(spark: SparkSession, storage: Storage, settings: Setti
     near.clean()
 
 
-def _queries(spark: SparkSession, storage: Storage, lineage: Lineage, near: Neighbourhoods) -> Manifest:
+def _queries(spark: SparkContext, storage: Storage, lineage: Lineage, near: Neighbourhoods) -> Manifest:
     """The queries of all pairs, at the shards of items that own them."""
     pairs = open_manifest(storage, schemas.PAIRS)
     owner, num_shards = near.owner(), near.num_shards

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 
 from pipeline.contracts.datasets import Lineage, Manifest, arrow_to_lists, lists_to_arrow, read_shard
 from pipeline.contracts.storage import Storage
@@ -45,7 +45,7 @@ class Shipped:
 
 
 def ship(
-    spark: SparkSession, storage: Storage, lineage: Lineage, name: str, lists: Manifest, schema: pa.Schema,
+    spark: SparkContext, storage: Storage, lineage: Lineage, name: str, lists: Manifest, schema: pa.Schema,
     owner: Callable[[NDArray[np.uint32]], NDArray[np.integer]], num_shards: int, want: Callable[[int], Wanted],
     label: str,
 ) -> Shipped:  # fmt: skip

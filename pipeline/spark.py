@@ -1,4 +1,4 @@
-"""The Spark session, and tasks over shards.
+"""The session with Spark, and tasks over shards.
 
 Spark schedules, shuffles and retries; bulk data stays outside the JVM: Python tasks read and write whole columnar
 shards through `contracts.datasets`. A task is a small dict that says which shard to make; its result is a small dict
@@ -30,7 +30,6 @@ import pyarrow as pa
 from py4j.protocol import Py4JError
 from pyspark import SparkConf, SparkContext, TaskContext
 from pyspark.errors import PySparkException
-from pyspark.sql import SparkSession
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -63,31 +62,39 @@ _LONGEST_FOLDER = 61
 _QUIET = Path(__file__).with_name("log4j2.properties")
 
 
-def session(resources: SparkResources, name: str) -> SparkSession:
-    """Start or find the session. Settings given to spark-submit win over ours.
+def session(resources: SparkResources, name: str) -> SparkContext:
+    """Start Spark, or find it. Settings given to spark-submit win over ours.
 
-    Raises ResourceError if the driver's port is taken, or if Java or the master cannot be reached.
+    A context is enough: tasks need no SQL, whose session takes Spark a second more to start. Raises ResourceError if
+    the driver's port is taken, or if Java or the master cannot be reached.
     """
     if resources.driver_port:
         check_port(resources.driver_port, "resources.spark.driver_port")
-    submitted = bool(os.environ.get("SPARK_ENV_LOADED") or os.environ.get("PYSPARK_GATEWAY_PORT"))
+    try:
+        spark = SparkContext.getOrCreate(_settings(resources).setAppName(name))
+    except (PySparkException, Py4JError, RuntimeError, OSError) as error:
+        java = getattr(error, "java_exception", None)
+        reason = (str(error) if java is None else str(java.getMessage())).splitlines()[0].rstrip(".")
+        raise ResourceError(
+            f"Spark did not start on {resources.master or 'the submitted master'}: {reason}; Java 17 or newer must be "
+            "installed (`java -version`), and resources.spark.master must be right and answer"
+        ) from error
+    spark.setLogLevel("ERROR")
+    return spark
+
+
+def _is_submitted() -> bool:
+    return bool(os.environ.get("SPARK_ENV_LOADED") or os.environ.get("PYSPARK_GATEWAY_PORT"))
+
+
+def _settings(resources: SparkResources) -> SparkConf:
+    """What Spark is started with, and, in the environment, what its processes inherit."""
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # tasks side by side: spinning threads cost up to 8 times
-    builder = SparkSession.builder.appName(name)
-    local: dict[str, str] = {}
-    if resources.master and not submitted:
-        builder = builder.master(resources.master)
-        if resources.master.startswith("local"):
-            local = {"spark.driver.bindAddress": "127.0.0.1", "spark.driver.host": "127.0.0.1", **_unix_sockets()}
-    conf = {
-        **local,
+    submitted = _is_submitted()
+    wanted = {
         "spark.driver.memory": resources.driver_memory,
-        "spark.sql.shuffle.partitions": str(resources.shuffle_partitions),
         "spark.default.parallelism": str(resources.shuffle_partitions),
-        "spark.sql.session.timeZone": "UTC",
-        "spark.sql.adaptive.enabled": "false",
-        "spark.sql.execution.arrow.pyspark.enabled": "true",
-        "spark.sql.execution.arrow.maxRecordsPerBatch": "100000",
         "spark.redaction.regex": f"(?i){SECRET_NAMES}",
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",
@@ -97,27 +104,18 @@ def session(resources: SparkResources, name: str) -> SparkSession:
         "spark.driver.extraJavaOptions": _LIGHT,
         "spark.executor.extraJavaOptions": _LIGHT,
         **({"spark.driver.port": str(resources.driver_port)} if resources.driver_port else {}),
-        **resources.conf,
     }
+    if resources.master and not submitted:
+        wanted["spark.master"] = resources.master
+        if resources.master.startswith("local"):
+            wanted |= {"spark.driver.bindAddress": "127.0.0.1", "spark.driver.host": "127.0.0.1", **_unix_sockets()}
+    wanted |= resources.conf
     if _QUIET.exists() and not submitted:
-        options = conf.get("spark.driver.extraJavaOptions", "")
+        options = wanted.get("spark.driver.extraJavaOptions", "")
         if "log4j" not in options:
-            conf["spark.driver.extraJavaOptions"] = f"{options} -Dlog4j2.configurationFile={_QUIET.as_uri()}".strip()
+            wanted["spark.driver.extraJavaOptions"] = f"{options} -Dlog4j2.configurationFile={_QUIET.as_uri()}".strip()
     given = _submitted_settings() if submitted else {}
-    for key, value in conf.items():
-        if key not in given:
-            builder = builder.config(key, value)
-    try:
-        spark = builder.getOrCreate()
-    except (PySparkException, Py4JError, RuntimeError, OSError) as error:
-        java = getattr(error, "java_exception", None)
-        reason = (str(error) if java is None else str(java.getMessage())).splitlines()[0].rstrip(".")
-        raise ResourceError(
-            f"Spark did not start on {resources.master or 'the submitted master'}: {reason}; Java 17 or newer must be "
-            "installed (`java -version`), and resources.spark.master must be right and answer"
-        ) from error
-    spark.sparkContext.setLogLevel("ERROR")
-    return spark
+    return SparkConf().setAll([pair for pair in wanted.items() if pair[0] not in given])
 
 
 @lru_cache(maxsize=1)
@@ -142,7 +140,7 @@ def _submitted_settings() -> dict[str, str]:
 
 
 def is_running() -> bool:
-    """Whether this process has a session. The active one would not tell: an interrupted call loses it."""
+    """Whether this process has a session."""
     return SparkContext._active_spark_context is not None
 
 
@@ -166,7 +164,7 @@ def assigned_gpu() -> int | None:
 
 
 def run_tasks(
-    spark: SparkSession, tasks: Sequence[Mapping[str, Any]], work: Callable[[Task], Task], label: str
+    spark: SparkContext, tasks: Sequence[Mapping[str, Any]], work: Callable[[Task], Task], label: str
 ) -> list[Task]:
     """Run work on every task, one Spark task each; results in the order of the tasks.
 
@@ -176,7 +174,7 @@ def run_tasks(
     if not tasks:
         return []
     rows = [(number, json.dumps(task)) for number, task in enumerate(tasks)]
-    partitioned = spark.sparkContext.parallelize(rows, len(rows))
+    partitioned = spark.parallelize(rows, len(rows))
 
     def run(partition: Iterable[tuple[int, str]]) -> Iterator[tuple[int, str]]:
         _keep_memory()
@@ -215,7 +213,7 @@ def _spare_modules() -> None:
 
 
 def make_shards(
-    spark: SparkSession,
+    spark: SparkContext,
     storage: Storage,
     dataset: Dataset | str,
     lineage: Lineage,
@@ -249,12 +247,11 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def progress(label: str, total: int, spark: SparkSession | None = None) -> Iterator[Callable[[int], None]]:
+def progress(label: str, total: int, spark: SparkContext | None = None) -> Iterator[Callable[[int], None]]:
     """A bar with rate and time left on a terminal, one closing line elsewhere.
 
-    Given a session, the bar follows the Spark jobs that this thread starts inside the block, and a PipelineError that
-    a reader raised inside Spark's plan is raised as it was: every action on a DataFrame of ours belongs into such a
-    block. Otherwise the block calls what it is given with how many more of total are done.
+    Given a session, the bar follows the Spark jobs that this thread starts inside the block. Otherwise the block calls
+    what it is given with how many more of total are done.
     """
     console = Console(stderr=True)
     started = time.monotonic()
@@ -289,15 +286,14 @@ def _show_rate(bars: Progress, bar: TaskID, started: float) -> None:
 
 
 @contextmanager
-def _following(spark: SparkSession, bars: Progress, bar: TaskID, label: str, started: float) -> Iterator[None]:
+def _following(spark: SparkContext, bars: Progress, bar: TaskID, label: str, started: float) -> Iterator[None]:
     """Poll Spark's status for the tasks of the jobs that this thread starts."""
-    context = spark.sparkContext
     group = f"{label}-{uuid.uuid4().hex}"
-    context.setJobGroup(group, label)
+    spark.setJobGroup(group, label)
     over = threading.Event()
 
     def poll() -> None:
-        tracker = context.statusTracker()
+        tracker = spark.statusTracker()
         while not over.wait(0.2):
             infos = [tracker.getJobInfo(job) for job in tracker.getJobIdsForGroup(group)]
             stages = [tracker.getStageInfo(stage) for info in infos if info for stage in info.stageIds]
@@ -315,7 +311,7 @@ def _following(spark: SparkSession, bars: Progress, bar: TaskID, label: str, sta
         over.set()
         if watcher.is_alive():
             watcher.join()
-        context.setLocalProperty("spark.jobGroup.id", None)  # type: ignore[arg-type]
+        spark.setLocalProperty("spark.jobGroup.id", None)  # type: ignore[arg-type]
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 
 from pipeline.contracts.datasets import (
     Lineage,
@@ -90,7 +90,7 @@ class Output:
 
 
 def run_step(
-    spark: SparkSession,
+    spark: SparkContext,
     storage: Storage,
     lineage: Lineage,
     name: str,

@@ -17,7 +17,7 @@ import numba
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 
 from pipeline.contracts.datasets import Lineage, Manifest, arrow_to_lists, read_shard
 from pipeline.contracts.replica import padded
@@ -54,7 +54,7 @@ class Counted:
 
 
 def move_walkers(
-    spark: SparkSession, storage: Storage, lineage: Lineage, item_users: Manifest, user_items: Manifest, walk: Walk,
+    spark: SparkContext, storage: Storage, lineage: Lineage, item_users: Manifest, user_items: Manifest, walk: Walk,
     scratch: str,
 ) -> Counted:  # fmt: skip
     """Walk from every item; the visits lie in scratch datasets below `scratch`, which are the caller's to delete."""
@@ -154,7 +154,7 @@ _Standing = tuple[Manifest, int] | None
 
 
 def _step(
-    spark: SparkSession, storage: Storage, lineage: Lineage, name: str, side: _Side, standing: _Standing,
+    spark: SparkContext, storage: Storage, lineage: Lineage, name: str, side: _Side, standing: _Standing,
     move: Callable[[_Cell], tuple[pa.Table, Any]], num_destinations: int,
 ) -> Manifest:  # fmt: skip
     """One shuffle: a task per cell, several for a cell where many rows stand."""

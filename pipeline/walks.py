@@ -9,7 +9,7 @@ see `neighbourhoods`. A task makes one shard; memory: its rows, and with strateg
 from __future__ import annotations
 
 import pyarrow as pa
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 
 from pipeline.contracts import schemas
 from pipeline.contracts.config import Settings
@@ -20,7 +20,7 @@ from pipeline.neighbourhoods import Neighbourhoods, blocks, choose, neighbour_ro
 from pipeline.spark import say
 
 
-def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Lineage) -> None:
+def run(spark: SparkContext, storage: Storage, settings: Settings, lineage: Lineage) -> None:
     """Find every item's neighbours, one shard per task."""
     walks = settings.task.walks
     choice = choose(storage, settings.resources)

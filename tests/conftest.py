@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 
 from pipeline.contracts.config import SparkResources
 from pipeline.contracts.storage import Storage
@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def spark() -> Iterator[SparkSession]:
+def spark() -> Iterator[SparkContext]:
     """A real Spark on two local cores."""
     found = session(SparkResources(master="local[2]", driver_memory="1g", shuffle_partitions=3), "tests")
     yield found

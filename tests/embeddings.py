@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 
 from pipeline import index
 from pipeline.contracts import datasets
@@ -41,7 +41,7 @@ def write_embeddings(storage: Storage, vectors: np.ndarray, num_shards: int = 3)
 
 
 def build(
-    spark: SparkSession, storage: Storage, resources: dict[str, Any] | None = None, **changes: object
+    spark: SparkContext, storage: Storage, resources: dict[str, Any] | None = None, **changes: object
 ) -> dict[str, str]:
     """Run the stage; the checksum of every file of the index."""
     settings = make_settings(storage, resources, **changes)

@@ -113,11 +113,11 @@ def test_an_index_of_two_executors_is_that_of_one_process_though_one_dies(tmp_pa
 
 
 PROBE = """
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 def look(_):
     import sys, faiss, numba, pipeline.index, sklearn
     yield f"{sys.flags.no_site} {numba.__file__} {sklearn.__file__} {pipeline.index.__file__}"
-print("probe:", *SparkSession.builder.getOrCreate().sparkContext.parallelize([0], 1).mapPartitions(look).collect())
+print("probe:", *SparkContext.getOrCreate().parallelize([0], 1).mapPartitions(look).collect())
 from jobs.stage import main
 main("ingest")
 """

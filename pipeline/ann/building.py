@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 
 from pipeline.ann import keys as key_files
 from pipeline.ann import parts
@@ -105,7 +105,7 @@ def check_vectors(vectors: Floats, keys: pa.ChunkedArray, shard: int) -> None:
 # ------------------------------------------------------------------------------------------------ sample
 
 
-def take_sample(spark: SparkSession, source: Source, sample: Sample) -> tuple[Floats, Floats, NDArray[np.int64]]:
+def take_sample(spark: SparkContext, source: Source, sample: Sample) -> tuple[Floats, Floats, NDArray[np.int64]]:
     """Training vectors [n, d], query vectors [q, d] and query ids [q], in the order of the rows."""
 
     def work(task: Task) -> Task:
@@ -166,7 +166,7 @@ def part_bounds(num_shards: int) -> list[tuple[int, int]]:
     return [(part * num_shards // number, (part + 1) * num_shards // number) for part in range(number)]
 
 
-def add_parts(spark: SparkSession, source: Source, queries: Queries, gpu: bool, with_index: bool) -> list[Part]:
+def add_parts(spark: SparkContext, source: Source, queries: Queries, gpu: bool, with_index: bool) -> list[Part]:
     """One pass over all shards, a task for each part; the trained index is read from the scratch folder."""
     asked = source.keep("queries.npy", _npy(queries.vectors))
     ids, depth = queries.ids, queries.depth

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from pipeline import ranking
@@ -83,7 +83,7 @@ class Run:
 # ------------------------------------------------------------------------------------------------ items
 
 
-def count_alike(spark: SparkSession, tonight: Run, live: Run, seed: int) -> tuple[int, float]:
+def count_alike(spark: SparkContext, tonight: Run, live: Run, seed: int) -> tuple[int, float]:
     """How many ids both runs have, and the share of sampled ones that stand for the same key in both."""
     shards = live["items"].shards
     bounds = np.cumsum([0, *(shard.rows for shard in shards)])
@@ -105,7 +105,7 @@ def count_alike(spark: SparkSession, tonight: Run, live: Run, seed: int) -> tupl
     return common, sum(answer["same"] for answer in found) / max(1, compared)
 
 
-def survey(spark: SparkSession, run: Run, dataset: str, column: str, seed: int) -> dict[str, Any]:
+def survey(spark: SparkContext, run: Run, dataset: str, column: str, seed: int) -> dict[str, Any]:
     """Vectors of sampled shards: rows, zeros and not_finite ones, mean length, spread, constant of all columns.
 
     spread is the variance as a share of the mean squared length. Of features only the content's columns count; missing
@@ -168,7 +168,7 @@ def _asked(run: Run, shard: int, common: int, since: int) -> tuple[Events, Ints,
     return events, known, counts
 
 
-def compare_quality(spark: SparkSession, tonight: Run, live: Run, common: int, settings: Settings) -> dict[str, Any]:
+def compare_quality(spark: SparkContext, tonight: Run, live: Run, common: int, settings: Settings) -> dict[str, Any]:
     """counts of events, and by slice the number of `questions` and what ranking.compare says of tonight and live.
 
     all: every question, the interval by users. cold: of targets without edges, whose query has edges in both runs or in
@@ -239,7 +239,7 @@ def rank_block(
 # ------------------------------------------------------------------------------------------------ movement
 
 
-def measure_churn(spark: SparkSession, tonight: Run, live: Run, common: int, settings: Settings) -> float:
+def measure_churn(spark: SparkContext, tonight: Run, live: Run, common: int, settings: Settings) -> float:
     """Share of the nearest items, by exact search among common ones, that the live release does not have."""
     sample = sample_rows(common, settings.task.gate.sample, settings.task.seed)
 

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 
 from pipeline.contracts import datasets
 from pipeline.contracts.config import Settings, select
@@ -40,7 +40,7 @@ class Force:
 
 
 def judge(
-    spark: SparkSession,
+    spark: SparkContext,
     storage: Storage,
     settings: Settings,
     live: Storage | None = None,
@@ -101,7 +101,7 @@ _VECTORS = (("embeddings", "embedding"), ("features", "features"))
 
 
 def _compare(
-    spark: SparkSession, tonight: Run, live: Run, settings: Settings
+    spark: SparkContext, tonight: Run, live: Run, settings: Settings
 ) -> tuple[list[Check], dict[str, Any] | None, alignment.Alignment | None]:
     """All that needs the live run's vectors: checks, quality, and the rotation if it is wanted."""
     gate, seed = settings.task.gate, settings.task.seed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 
 from pipeline.contracts import schemas
 from pipeline.contracts.config import Settings
@@ -17,7 +17,7 @@ from pipeline.spark import say
 
 
 def make_reducer(
-    spark: SparkSession, storage: Storage, settings: Settings, lineage: Lineage, network: Network
+    spark: SparkContext, storage: Storage, settings: Settings, lineage: Lineage, network: Network
 ) -> Reducer:
     """The reducer that the settings name, or the first that fits; says which, and why."""
     if not network.num_layers:

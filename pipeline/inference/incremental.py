@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 
 from pipeline.contracts import schemas
 from pipeline.contracts.config import Settings
@@ -75,7 +75,7 @@ class Incremental:
     """
 
     def __init__(
-        self, spark: SparkSession, storage: Storage, settings: Settings, lineage: Lineage, network: Network,
+        self, spark: SparkContext, storage: Storage, settings: Settings, lineage: Lineage, network: Network,
         earlier: Earlier, changed: tuple[Changed, Changed],
     ) -> None:  # fmt: skip
         self._spark, self._storage, self._lineage, self._network = spark, storage, lineage, network

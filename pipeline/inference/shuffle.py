@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 
 from pipeline.clusters import lay_out
 from pipeline.contracts import schemas
@@ -60,7 +60,7 @@ class Edges:
     """
 
     def __init__(
-        self, spark: SparkSession, storage: Storage, settings: Settings, network: Network, num_shards: int
+        self, spark: SparkContext, storage: Storage, settings: Settings, network: Network, num_shards: int
     ) -> None:
         resources = settings.resources.inference
         self._spark, self._storage, self._network = spark, storage, network
@@ -196,7 +196,7 @@ class Shuffle:
     """Shards of items that lie close together; partial sums are sent between them."""
 
     def __init__(
-        self, spark: SparkSession, storage: Storage, settings: Settings, lineage: Lineage, network: Network
+        self, spark: SparkContext, storage: Storage, settings: Settings, lineage: Lineage, network: Network
     ) -> None:
         self._spark, self._storage, self._lineage, self._network = spark, storage, lineage, network
         self._cache, self._dtype = settings.resources.cache, settings.task.inference.layer_dtype

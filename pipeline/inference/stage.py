@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 
 from pipeline.contracts import schemas
 from pipeline.contracts.config import Settings
@@ -43,7 +43,7 @@ from pipeline.spark import Task, say
 from pipeline.steps import Made, Output, Report, run_step
 
 
-def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Lineage, network: Network) -> None:
+def run(spark: SparkContext, storage: Storage, settings: Settings, lineage: Lineage, network: Network) -> None:
     """Embed every item of the catalogue; of an earlier run of the same model only what has changed since."""
     begin(storage, schemas.EMBEDDINGS)
     if not _from_earlier(spark, storage, settings, lineage, network):
@@ -51,7 +51,7 @@ def run(spark: SparkSession, storage: Storage, settings: Settings, lineage: Line
 
 
 def _from_earlier(
-    spark: SparkSession, storage: Storage, settings: Settings, lineage: Lineage, network: Network
+    spark: SparkContext, storage: Storage, settings: Settings, lineage: Lineage, network: Network
 ) -> bool:
     """Whether the embeddings could be made from those of an earlier run."""
     earlier, reason = find_earlier(storage, settings, lineage, network)
@@ -77,7 +77,7 @@ def _from_earlier(
     return True
 
 
-def _run_all(spark: SparkSession, storage: Storage, settings: Settings, lineage: Lineage, network: Network) -> None:
+def _run_all(spark: SparkContext, storage: Storage, settings: Settings, lineage: Lineage, network: Network) -> None:
     reducer = make_reducer(spark, storage, settings, lineage, network)
     keeps = settings.resources.inference.keep_layers and isinstance(reducer, Gather)
     layers = Layers(spark, storage, settings, lineage, network, reducer, keeps)
@@ -98,7 +98,7 @@ class Layers:
     """One map or reduce after the other, each a step whose outputs are datasets of their own."""
 
     def __init__(
-        self, spark: SparkSession, storage: Storage, settings: Settings, lineage: Lineage, network: Network,
+        self, spark: SparkContext, storage: Storage, settings: Settings, lineage: Lineage, network: Network,
         reducer: Reducer, keeps: bool = False,
     ) -> None:  # fmt: skip
         self.keeps = keeps

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 from typer.testing import CliRunner
 
 from jobs.cli import app
@@ -70,7 +70,7 @@ class Shop:
 
 
 @pytest.fixture
-def new_shop(tmp_path: Path, spark: SparkSession) -> Shop:
+def new_shop(tmp_path: Path, spark: SparkContext) -> Shop:
     """A shop that nothing was run on."""
     shop = Shop(tmp_path / "shop")
     write_shop(shop.folder)
@@ -79,7 +79,7 @@ def new_shop(tmp_path: Path, spark: SparkSession) -> Shop:
 
 
 @pytest.fixture(scope="session")
-def graph_made(tmp_path_factory: pytest.TempPathFactory, spark: SparkSession) -> Shop:
+def graph_made(tmp_path_factory: pytest.TempPathFactory, spark: SparkContext) -> Shop:
     """A shop with a run that has come as far as the graph; to be copied, not changed."""
     shop = Shop(tmp_path_factory.mktemp("jobs") / "shop")
     write_shop(shop.folder)

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 from safetensors.numpy import load, save
 
 from jobs.gate import read_history
@@ -83,7 +83,7 @@ def is_new(table: Table) -> np.ndarray:
 
 
 @pytest.fixture(scope="session")
-def live_data(tmp_path_factory: pytest.TempPathFactory, spark: SparkSession) -> Night:
+def live_data(tmp_path_factory: pytest.TempPathFactory, spark: SparkContext) -> Night:
     """What the live release's run was made from."""
     night = Night(tmp_path_factory.mktemp("gate") / LIVE.isoformat())
     night.write(LIVE, None, whole)
@@ -240,7 +240,7 @@ def a_day_in_place_of_another(table: Table) -> Table:
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_spoilt_data_is_refused_by_its_check(
-    spark: SparkSession, live_data: Night, tmp_path: Path, spoil: Callable[[Table], Table], expected: set[str]
+    spark: SparkContext, live_data: Night, tmp_path: Path, spoil: Callable[[Table], Table], expected: set[str]
 ) -> None:
     night = Night(tmp_path / TONIGHT.isoformat())
     night.write(TONIGHT, live_data.run, spoil)

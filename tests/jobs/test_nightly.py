@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 
 from pipeline import index
 from pipeline.contracts import schemas
@@ -89,7 +89,7 @@ def _midnight(day: datetime.date) -> int:
 
 
 @pytest.fixture(scope="session")
-def first(tmp_path_factory: pytest.TempPathFactory, spark: SparkSession) -> Site:
+def first(tmp_path_factory: pytest.TempPathFactory, spark: SparkContext) -> Site:
     """A site with its first night; to be copied, not changed."""
     site = Site(tmp_path_factory.mktemp("nights") / "shop")
     site.write()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 
 from pipeline.clusters import lay_out
 from pipeline.contracts import schemas
@@ -14,7 +14,7 @@ from tests.synthetic import compressed, store_graph
 
 
 @pytest.mark.parametrize("rounds", [0, 5])
-def test_planted_groups_share_homes_and_nothing_is_lost(spark: SparkSession, storage: Storage, rounds: int) -> None:
+def test_planted_groups_share_homes_and_nothing_is_lost(spark: SparkContext, storage: Storage, rounds: int) -> None:
     """Four groups whose items are every fourth id: by id every home has all of them, by label hardly two."""
     generator = np.random.default_rng(0)
     same = np.arange(80)[:, None] % 4 == np.arange(60)[None, :] % 4

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 
 from pipeline import compact
 from pipeline.contracts.config import Settings, parse_settings
@@ -24,7 +24,7 @@ def settings_of(storage: Storage, **forms: Any) -> Settings:
     return parse_settings(tree)
 
 
-def make(spark: SparkSession, storage: Storage, **forms: Any) -> dict[str, Any]:
+def make(spark: SparkContext, storage: Storage, **forms: Any) -> dict[str, Any]:
     """Run the stage; COMPACT's metadata."""
     settings = settings_of(storage, **forms)
     compact.run(spark, storage, settings, trace(storage, COMPACT_STAGE, settings))
@@ -59,7 +59,7 @@ def test_directions_are_orthonormal_and_the_longest_come_first() -> None:
 
 
 @pytest.mark.slow
-def test_forms_are_columns_beside_key_and_id(spark: SparkSession, storage: Storage) -> None:
+def test_forms_are_columns_beside_key_and_id(spark: SparkContext, storage: Storage) -> None:
     vectors = clustered(900)
     write_embeddings(storage, vectors)
     told = make(spark, storage, int8=True, dimensions=[4, 12])
@@ -77,7 +77,7 @@ def test_forms_are_columns_beside_key_and_id(spark: SparkSession, storage: Stora
 
 
 @pytest.mark.slow
-def test_recall_and_lengths_are_those_that_a_reader_finds(spark: SparkSession, storage: Storage) -> None:
+def test_recall_and_lengths_are_those_that_a_reader_finds(spark: SparkContext, storage: Storage) -> None:
     vectors = clustered(400)
     write_embeddings(storage, vectors)
     told = make(spark, storage, int8=True, dimensions=[2, 15])
@@ -99,21 +99,21 @@ def nearest(vectors: np.ndarray, row: int) -> list[int]:
     return np.argsort(-scores, kind="stable")[:10].tolist()  # type: ignore[no-any-return]
 
 
-def test_nothing_is_made_unless_asked_for(spark: SparkSession, storage: Storage) -> None:
+def test_nothing_is_made_unless_asked_for(spark: SparkContext, storage: Storage) -> None:
     write_embeddings(storage, clustered(30))
     assert make(spark, storage) == {}
     assert open_manifest(storage, COMPACT).num_rows == 0
     assert open_manifest(storage, ROTATION).shards == ()
 
 
-def test_more_dimensions_than_there_are_is_an_error(spark: SparkSession, storage: Storage) -> None:
+def test_more_dimensions_than_there_are_is_an_error(spark: SparkContext, storage: Storage) -> None:
     write_embeddings(storage, clustered(30))
     with pytest.raises(SettingsError, match=r"task\.compact\.dimensions has 16, and embeddings have 16"):
         make(spark, storage, dimensions=[16])
 
 
 @pytest.mark.slow
-def test_the_shards_of_the_embeddings_change_only_the_shards(spark: SparkSession, tmp_path: Path) -> None:
+def test_the_shards_of_the_embeddings_change_only_the_shards(spark: SparkContext, tmp_path: Path) -> None:
     found = []
     for count in (1, 4):
         storage = Storage(str(tmp_path / str(count)))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 
 from pipeline import evaluation, ranking
 from pipeline.contracts import datasets, schemas
@@ -361,7 +361,7 @@ def write_run(storage: Storage, events: Events, num_items: int, num_users: int, 
     return vectors
 
 
-def evaluate(spark: SparkSession, storage: Storage, settings: Settings) -> tuple[dict, bytes, bytes]:
+def evaluate(spark: SparkContext, storage: Storage, settings: Settings) -> tuple[dict, bytes, bytes]:
     lineage = datasets.trace(storage, schemas.EVALUATION_STAGE, settings)
     evaluation.run(spark, storage, settings, lineage)
     manifest = datasets.open_manifest(storage, schemas.EVALUATION)
@@ -369,7 +369,7 @@ def evaluate(spark: SparkSession, storage: Storage, settings: Settings) -> tuple
     return json.loads(numbers), numbers, page
 
 
-def test_the_stage_reports_what_the_slow_protocol_gives(spark: SparkSession, storage: Storage) -> None:
+def test_the_stage_reports_what_the_slow_protocol_gives(spark: SparkContext, storage: Storage) -> None:
     events = random_events()
     vectors = write_run(storage, events, 30, 12, num_shards=3).astype(np.float64)
     settings = make_settings(storage, cold_degree=4, tail_share=0.5)
@@ -404,7 +404,7 @@ def test_the_stage_reports_what_the_slow_protocol_gives(spark: SparkSession, sto
     assert again[1:] == (numbers, page)
 
 
-def test_shards_of_interactions_change_no_number(spark: SparkSession, tmp_path: object) -> None:
+def test_shards_of_interactions_change_no_number(spark: SparkContext, tmp_path: object) -> None:
     found = []
     for num_shards in (1, 7):
         storage = Storage(f"{tmp_path}/{num_shards}")
@@ -414,7 +414,7 @@ def test_shards_of_interactions_change_no_number(spark: SparkSession, tmp_path: 
     assert found[0]["item_to_item"]["num_ranked"] == 20
 
 
-def test_a_run_without_askable_events_says_why(spark: SparkSession, storage: Storage) -> None:
+def test_a_run_without_askable_events_says_why(spark: SparkContext, storage: Storage) -> None:
     events = Events(*(np.array(v) for v in ([0, 0, 1], [1, 2, 3], [5, 6, 90], [0, 0, 2])))
     write_run(storage, events, 30, 2, num_shards=1)
     metrics, _, page = evaluate(spark, storage, make_settings(storage))
@@ -423,7 +423,7 @@ def test_a_run_without_askable_events_says_why(spark: SparkSession, storage: Sto
     assert b"no user has both training history and test events" in page
 
 
-def test_embeddings_of_another_catalogue_are_refused(spark: SparkSession, storage: Storage) -> None:
+def test_embeddings_of_another_catalogue_are_refused(spark: SparkContext, storage: Storage) -> None:
     write_run(storage, random_events(), 30, 12, num_shards=1)
     nothing = datasets.read_table(storage, datasets.open_manifest(storage, schemas.EMBEDDINGS)).slice(0, 9)
     write(storage, schemas.EMBEDDINGS, [nothing])

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 
 from pipeline.contracts.datasets import Lineage, find_manifest
 from pipeline.contracts.errors import DataError
@@ -39,11 +39,11 @@ def rows(number: int, count: int = 50) -> tuple[pa.Table, np.ndarray]:
     return table, generator.integers(0, 4, count) + (generator.integers(0, 2, count) * 3)
 
 
-def send(spark: SparkSession, storage: Storage, lineage: Lineage = LINEAGE) -> None:
+def send(spark: SparkContext, storage: Storage, lineage: Lineage = LINEAGE) -> None:
     scatter(spark, storage, "graph/rows", lineage, 3, lambda number: rows(number), 8, "test: send")
 
 
-def test_every_row_arrives_once_in_the_order_of_files_and_rows(spark: SparkSession, storage: Storage) -> None:
+def test_every_row_arrives_once_in_the_order_of_files_and_rows(spark: SparkContext, storage: Storage) -> None:
     send(spark, storage)
     manifest = find_manifest(storage, "graph/rows")
     assert manifest is not None
@@ -57,7 +57,7 @@ def test_every_row_arrives_once_in_the_order_of_files_and_rows(spark: SparkSessi
     assert destination_rows(spark, storage, manifest, "test: count").tolist() == counts.tolist()
 
 
-def test_a_restart_makes_only_the_files_that_are_missing(spark: SparkSession, storage: Storage) -> None:
+def test_a_restart_makes_only_the_files_that_are_missing(spark: SparkContext, storage: Storage) -> None:
     send(spark, storage)
     files = [Path(storage.locate(f"graph/rows/part-{number:05d}.blocks")) for number in range(3)]
     made, stamps = [file.read_bytes() for file in files], [file.stat().st_mtime_ns for file in files]
@@ -69,7 +69,7 @@ def test_a_restart_makes_only_the_files_that_are_missing(spark: SparkSession, st
 
 
 @pytest.mark.parametrize("spoil", [lambda data: data[:50] + bytes([data[50] ^ 1]) + data[51:], lambda data: data[:60]])
-def test_a_damaged_block_is_named(spark: SparkSession, storage: Storage, spoil) -> None:  # type: ignore[no-untyped-def]
+def test_a_damaged_block_is_named(spark: SparkContext, storage: Storage, spoil) -> None:  # type: ignore[no-untyped-def]
     send(spark, storage)
     file = Path(storage.locate("graph/rows/part-00001.blocks"))
     file.write_bytes(spoil(file.read_bytes()))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 
 from pipeline import features
 from pipeline.contracts import schemas, sharding
@@ -177,7 +177,7 @@ def make_catalogue(storage: Storage, num_items: int, num_shards: int, with_conte
 
 
 def run(
-    spark: SparkSession, storage: Storage, settings: Settings, version: str = "1"
+    spark: SparkContext, storage: Storage, settings: Settings, version: str = "1"
 ) -> tuple[np.ndarray, dict[str, Any]]:
     features.run(spark, storage, settings, Lineage("features", {"version": version}, {}))
     manifest = open_manifest(storage, schemas.FEATURES)
@@ -186,7 +186,7 @@ def run(
     return arrow_to_vectors(table.column("features")), manifest.metadata
 
 
-def test_the_stage_gives_the_same_rows_from_1_3_and_7_shards(spark: SparkSession, tmp_path: Any) -> None:
+def test_the_stage_gives_the_same_rows_from_1_3_and_7_shards(spark: SparkContext, tmp_path: Any) -> None:
     results = []
     for num_shards in (1, 3, 7):
         storage = Storage(str(tmp_path / str(num_shards)))
@@ -209,7 +209,7 @@ def test_the_stage_gives_the_same_rows_from_1_3_and_7_shards(spark: SparkSession
     np.testing.assert_allclose(described["std"], first.std(axis=0, dtype=np.float64), atol=1e-7)
 
 
-def test_a_refit_writes_the_same_bytes(spark: SparkSession, storage: Storage) -> None:
+def test_a_refit_writes_the_same_bytes(spark: SparkContext, storage: Storage) -> None:
     make_catalogue(storage, 60, 2)
     contents = []
     for version in ("1", "2"):
@@ -219,7 +219,7 @@ def test_a_refit_writes_the_same_bytes(spark: SparkSession, storage: Storage) ->
 
 
 def test_an_interrupted_run_keeps_its_finished_shards_and_ends_with_the_same_bytes(
-    spark: SparkSession, storage: Storage, tmp_path: Any
+    spark: SparkContext, storage: Storage, tmp_path: Any
 ) -> None:
     settings, lineage = make_settings(COLUMNS), Lineage("features", {"version": "1"}, {})
     make_catalogue(storage, 60, 3)
@@ -236,14 +236,14 @@ def test_an_interrupted_run_keeps_its_finished_shards_and_ends_with_the_same_byt
     assert open_manifest(storage, schemas.FEATURES).content == unbroken.content
 
 
-def test_without_content_the_degree_is_all_there_is(spark: SparkSession, storage: Storage) -> None:
+def test_without_content_the_degree_is_all_there_is(spark: SparkContext, storage: Storage) -> None:
     make_catalogue(storage, 10, 2, with_content=False)
     vectors, metadata = run(spark, storage, make_settings([]))
     assert vectors.shape == (10, 1)
     assert metadata["columns"] == [{"name": "degree", "kind": "degree", "start": 0, "stop": 1}]
 
 
-def test_stored_encoders_give_what_the_stage_stored(spark: SparkSession, storage: Storage) -> None:
+def test_stored_encoders_give_what_the_stage_stored(spark: SparkContext, storage: Storage) -> None:
     make_catalogue(storage, 30, 2)
     vectors, _ = run(spark, storage, make_settings(COLUMNS))
     content = read_table(storage, open_manifest(storage, schemas.CONTENT))
@@ -254,7 +254,7 @@ def test_stored_encoders_give_what_the_stage_stored(spark: SparkSession, storage
 
 
 def test_half_precision_is_stored_when_asked_and_what_does_not_fit_is_refused(
-    spark: SparkSession, storage: Storage
+    spark: SparkContext, storage: Storage
 ) -> None:
     columns = {"id": pa.array([0, 1], pa.uint32()), "content_image": pa.array([[1.0, 2.0], [3.0, 1e6]], VECTORS)}
     make_catalogue(storage, 2, 1)

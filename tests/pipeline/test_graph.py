@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 
 from pipeline import graph, ingest, steps
 from pipeline.contracts import schemas
@@ -80,7 +80,7 @@ def make_settings(storage: Storage, rows_per_shard: int = 10, **limits: Any) -> 
     return parse_settings({"task": {"data": data, "graph": limits}, "resources": resources})
 
 
-def build(spark: SparkSession, storage: Storage, **limits: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def build(spark: SparkContext, storage: Storage, **limits: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run the stage; the metadata of USER_ITEMS and of ITEM_USERS."""
     settings = make_settings(storage, **limits)
     graph.run(spark, storage, settings, trace(storage, schemas.GRAPH, settings))
@@ -136,7 +136,7 @@ def limited(
 # ------------------------------------------------------------------------------------------------ edges
 
 
-def test_only_training_events_make_edges_and_both_directions_hold_them(spark: SparkSession, storage: Storage) -> None:
+def test_only_training_events_make_edges_and_both_directions_hold_them(spark: SparkContext, storage: Storage) -> None:
     events = random_events()
     write_run(storage, events, 40, 25, cuts=[200, 400])
     report, _ = build(spark, storage)
@@ -150,7 +150,7 @@ def test_only_training_events_make_edges_and_both_directions_hold_them(spark: Sp
 
 @pytest.mark.parametrize("limits", [{}, {"max_item_degree": 6, "keep": "random"}, {"half_life_days": 30.0}])
 def test_how_interactions_and_graph_are_cut_changes_no_row(
-    spark: SparkSession, tmp_path: Path, limits: dict[str, Any]
+    spark: SparkContext, tmp_path: Path, limits: dict[str, Any]
 ) -> None:
     """Shards of whole users, shards that cut users in two, empty ones, a few users of many."""
     events = [event for event in random_events(150) if event[0] != 39]
@@ -166,7 +166,7 @@ def test_how_interactions_and_graph_are_cut_changes_no_row(
         assert other == found[0]
 
 
-def test_a_users_items_are_in_an_order_of_chance_that_the_seed_decides(spark: SparkSession, storage: Storage) -> None:
+def test_a_users_items_are_in_an_order_of_chance_that_the_seed_decides(spark: SparkContext, storage: Storage) -> None:
     write_run(storage, [(user, item, item, 1.0, 0) for user in range(300) for item in range(4)], 300, 4)
     build(spark, storage, rows_per_shard=100)
     counts = Counter(tuple(row) for row in lists(storage, schemas.USER_ITEMS))
@@ -187,7 +187,7 @@ def test_a_users_items_are_in_an_order_of_chance_that_the_seed_decides(spark: Sp
     ],
 )
 def test_limits_leave_what_the_slow_rules_leave(
-    spark: SparkSession, storage: Storage, limits: dict[str, int], rules: tuple[int, int, int, int]
+    spark: SparkContext, storage: Storage, limits: dict[str, int], rules: tuple[int, int, int, int]
 ) -> None:
     events = random_events()
     write_run(storage, events, 40, 25, cuts=[300])
@@ -201,7 +201,7 @@ def test_limits_leave_what_the_slow_rules_leave(
 
 
 def test_random_limits_keep_as_many_edges_and_the_same_in_both_directions(
-    spark: SparkSession, storage: Storage
+    spark: SparkContext, storage: Storage
 ) -> None:
     events = random_events()
     write_run(storage, events, 40, 25, cuts=[300])
@@ -213,7 +213,7 @@ def test_random_limits_keep_as_many_edges_and_the_same_in_both_directions(
 
 
 def test_degrees_before_and_after_are_those_of_the_edges(
-    spark: SparkSession, storage: Storage, monkeypatch: pytest.MonkeyPatch
+    spark: SparkContext, storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(graph, "_GROUP_SHARDS", 2)
     events = random_events()
@@ -254,7 +254,7 @@ def weights_of(storage: Storage, dataset: schemas.Dataset) -> list[dict[int, flo
 
 @pytest.mark.parametrize("limits", [{}, {"max_item_degree": 100}])
 def test_weighted_rows_share_by_the_sum_of_events_halved_with_age(
-    spark: SparkSession, storage: Storage, limits: dict[str, int]
+    spark: SparkContext, storage: Storage, limits: dict[str, int]
 ) -> None:
     events = random_events(200)
     write_run(storage, events, 40, 25, cuts=[100])
@@ -272,7 +272,7 @@ def test_weighted_rows_share_by_the_sum_of_events_halved_with_age(
             assert shares == pytest.approx({node: weight / total for node, weight in own.items()}, abs=1e-8)
 
 
-def test_a_half_life_of_seconds_leaves_rows_that_end_years_ago(spark: SparkSession, storage: Storage) -> None:
+def test_a_half_life_of_seconds_leaves_rows_that_end_years_ago(spark: SparkContext, storage: Storage) -> None:
     """By the latest event of all they weigh 2 ** -31536000, which is no float; by their own, 1 : 2 : 4."""
     events = [(0, item, item, 1.0, 0) for item in range(3)] + [(1, 3, 365 * DAY, 1.0, 0)]
     write_run(storage, events, 2, 4)
@@ -295,7 +295,7 @@ def test_where_time_is_only_an_order_a_half_life_counts_steps(storage: Storage) 
 # ------------------------------------------------------------------------------------------------ bad input
 
 
-def test_isolated_items_and_users_have_empty_rows(spark: SparkSession, storage: Storage) -> None:
+def test_isolated_items_and_users_have_empty_rows(spark: SparkContext, storage: Storage) -> None:
     """The first, the last, and users beyond those of any interaction."""
     write_run(storage, [(3, 5, 0, 1.0, 0), (4, 5, 0, 1.0, 1), (6, 2, 0, 1.0, 0)], 60, 35)
     reports = build(spark, storage, rows_per_shard=2)
@@ -305,7 +305,7 @@ def test_isolated_items_and_users_have_empty_rows(spark: SparkSession, storage: 
     assert [shard.rows for shard in open_manifest(storage, schemas.USER_ITEMS).shards] == [20] * 3
 
 
-def test_a_hub_on_either_side_keeps_its_edges_or_as_many_as_it_may(spark: SparkSession, storage: Storage) -> None:
+def test_a_hub_on_either_side_keeps_its_edges_or_as_many_as_it_may(spark: SparkContext, storage: Storage) -> None:
     """User 7 and item 11 have each a tenth of all edges, and every event comes twice."""
     others = [(user, 13 + (user * 31 + k * 17) % 987, k, 1.0, 0) for user in range(1000) for k in range(8)]
     hubs = [(7, item, item, 1.0, 0) for item in range(1000)] + [(user, 11, user, 1.0, 0) for user in range(1000)]
@@ -323,7 +323,7 @@ def test_a_hub_on_either_side_keeps_its_edges_or_as_many_as_it_may(spark: SparkS
     assert {user for user, item in edges if item == 11} <= set(range(948, 1000)) | {7}
 
 
-def test_user_and_item_of_one_number_are_an_edge_like_any_other(spark: SparkSession, storage: Storage) -> None:
+def test_user_and_item_of_one_number_are_an_edge_like_any_other(spark: SparkContext, storage: Storage) -> None:
     """Users and items are two spaces of ids. An item whose only user has nothing else is reached from itself alone."""
     write_run(storage, [(0, 0, 0, 1.0, 0), (1, 1, 0, 1.0, 0), (1, 0, 1, 1.0, 0), (2, 2, 0, 1.0, 0)], 3, 3)
     build(spark, storage)
@@ -341,7 +341,7 @@ def test_user_and_item_of_one_number_are_an_edge_like_any_other(spark: SparkSess
     ],
 )
 def test_a_graph_without_edges_says_why(
-    spark: SparkSession, storage: Storage, events: list[Event], limits: dict[str, int], message: str
+    spark: SparkContext, storage: Storage, events: list[Event], limits: dict[str, int], message: str
 ) -> None:
     write_run(storage, events, 2, 2)
     with pytest.raises(DataError, match=f"the graph has no edge.*{message}"):
@@ -350,7 +350,7 @@ def test_a_graph_without_edges_says_why(
 
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
 def test_a_weight_that_ingest_would_have_refused_is_refused(
-    spark: SparkSession, storage: Storage, weight: float
+    spark: SparkContext, storage: Storage, weight: float
 ) -> None:
     write_run(storage, [(0, 0, 0, 1.0, 0), (1, 1, 0, weight, 0)], 2, 2)
     with pytest.raises(DataError, match=rf"user 1, item 1, weight {weight}: .*above 0; run `pinsage ingest --force`"):
@@ -358,7 +358,7 @@ def test_a_weight_that_ingest_would_have_refused_is_refused(
 
 
 def test_weights_that_are_nothing_or_nonsense_do_not_come_from_ingest_to_the_graph(
-    spark: SparkSession, storage: Storage, tmp_path: Path
+    spark: SparkContext, storage: Storage, tmp_path: Path
 ) -> None:
     write_shop(tmp_path / "data", num_users=60)
     path = tmp_path / "data" / "interactions.parquet"
@@ -382,7 +382,7 @@ def test_weights_that_are_nothing_or_nonsense_do_not_come_from_ingest_to_the_gra
     assert len(found) > 150
 
 
-def test_interactions_out_of_order_are_refused(spark: SparkSession, storage: Storage) -> None:
+def test_interactions_out_of_order_are_refused(spark: SparkContext, storage: Storage) -> None:
     write_run(storage, [(0, 0, 0, 1.0, 0), (1, 1, 0, 1.0, 0)], 2, 2)
     manifest = open_manifest(storage, schemas.INTERACTIONS)
     table = read_table(storage, manifest).take([1, 0])
@@ -397,7 +397,7 @@ def test_interactions_out_of_order_are_refused(spark: SparkSession, storage: Sto
 @pytest.mark.parametrize("limits", [{}, {"max_item_degree": 6}])
 @pytest.mark.parametrize("moment", ["user_items", "item_users"])
 def test_after_a_kill_what_was_finished_is_kept_and_the_bytes_are_the_same(
-    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, limits: dict[str, int]
+    spark: SparkContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, limits: dict[str, int]
 ) -> None:
     """Killed when all shards of one of the outputs lie there, the other being finished or not yet begun."""
     events = random_events()

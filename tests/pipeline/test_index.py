@@ -10,7 +10,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 
 from pipeline import index
 from pipeline.ann import building, recall, training
@@ -42,7 +42,7 @@ def never_drawn(num_vectors: int, num_queries: int) -> np.ndarray:
     return others if len(others) else np.arange(num_vectors)  # of 500, searched exactly, all are drawn
 
 
-def test_a_small_catalogue_is_searched_exactly(spark: SparkSession, storage: Storage) -> None:
+def test_a_small_catalogue_is_searched_exactly(spark: SparkContext, storage: Storage) -> None:
     vectors = clustered(500)
     write_embeddings(storage, vectors)
     build(spark, storage)
@@ -61,7 +61,7 @@ def test_a_small_catalogue_is_searched_exactly(spark: SparkSession, storage: Sto
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num", [500, 5_000, 50_000])
 def test_the_published_search_reaches_the_target_on_queries_never_used(
-    spark: SparkSession, storage: Storage, num: int, kind: str
+    spark: SparkContext, storage: Storage, num: int, kind: str
 ) -> None:
     vectors = KINDS[kind](num)
     write_embeddings(storage, vectors)
@@ -81,7 +81,7 @@ def test_the_published_search_reaches_the_target_on_queries_never_used(
 
 @pytest.mark.parametrize("factory", [FAST, "IVF64_HNSW32,SQ8"])
 def test_compressed_indexes_reach_the_target_by_their_own_means(
-    spark: SparkSession, storage: Storage, factory: str
+    spark: SparkContext, storage: Storage, factory: str
 ) -> None:
     vectors = clustered(6000)
     write_embeddings(storage, vectors)
@@ -98,7 +98,7 @@ def test_compressed_indexes_reach_the_target_by_their_own_means(
 @pytest.mark.parametrize("factory", ["auto", "IVF32,Flat", "IVF32_HNSW32,SQ8", FAST])
 @pytest.mark.parametrize("num_shards", [1, 7])
 def test_the_bytes_do_not_depend_on_how_the_vectors_are_cut(
-    spark: SparkSession, tmp_path: Path, factory: str, num_shards: int
+    spark: SparkContext, tmp_path: Path, factory: str, num_shards: int
 ) -> None:
     vectors, made = clustered(4000), []
     for shards in (3, num_shards):
@@ -113,7 +113,7 @@ def test_the_bytes_do_not_depend_on_how_the_vectors_are_cut(
 
 
 @pytest.mark.parametrize("factory", ["IVF32,Flat", FAST])
-def test_parts_made_by_spark_are_what_one_process_makes(spark: SparkSession, storage: Storage, factory: str) -> None:
+def test_parts_made_by_spark_are_what_one_process_makes(spark: SparkContext, storage: Storage, factory: str) -> None:
     vectors = clustered(4000)
     write_embeddings(storage, vectors, num_shards=5)
     build(spark, storage, factory=factory)
@@ -124,7 +124,7 @@ def test_parts_made_by_spark_are_what_one_process_makes(spark: SparkSession, sto
     np.testing.assert_array_equal(faiss.serialize_index(alone), faiss.serialize_index(together))
 
 
-def test_an_index_too_large_for_the_drivers_memory_is_merged_on_disk(spark: SparkSession, tmp_path: Path) -> None:
+def test_an_index_too_large_for_the_drivers_memory_is_merged_on_disk(spark: SparkContext, tmp_path: Path) -> None:
     vectors, opened = clustered(6000), []
     for name, resources in (("memory", {}), ("disk", {"merge_memory": 1000})):
         storage = Storage(str(tmp_path / name))
@@ -144,7 +144,7 @@ def test_an_index_too_large_for_the_drivers_memory_is_merged_on_disk(spark: Spar
 
 @pytest.mark.parametrize("moment", ["_add_and_merge", "_measure", "_publish"])
 def test_an_interrupted_build_goes_on_and_ends_with_the_same_bytes(
-    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+    spark: SparkContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     whole, broken = Storage(str(tmp_path / "whole")), Storage(str(tmp_path / "broken"))
     for storage in (whole, broken):
@@ -162,7 +162,7 @@ def test_an_interrupted_build_goes_on_and_ends_with_the_same_bytes(
     assert broken.names(INDEX_PARTS) == []
 
 
-def test_a_killed_task_costs_its_own_part_only(spark: SparkSession, tmp_path: Path) -> None:
+def test_a_killed_task_costs_its_own_part_only(spark: SparkContext, tmp_path: Path) -> None:
     whole, broken = Storage(str(tmp_path / "whole")), Storage(str(tmp_path / "broken"))
     for storage in (whole, broken):
         write_embeddings(storage, clustered(3000), num_shards=4)
@@ -204,7 +204,7 @@ def test_a_killed_task_costs_its_own_part_only(spark: SparkSession, tmp_path: Pa
         assert build(spark, broken, factory="IVF32,Flat") == expected
 
 
-def test_last_nights_quantizer_serves_while_it_holds(spark: SparkSession, tmp_path: Path) -> None:
+def test_last_nights_quantizer_serves_while_it_holds(spark: SparkContext, tmp_path: Path) -> None:
     nights = [Storage(str(tmp_path / name)) for name in ("first", "second", "third", "fourth")]
     vectors = clustered(5000)
     for storage, made in zip(
@@ -226,7 +226,7 @@ def test_last_nights_quantizer_serves_while_it_holds(spark: SparkSession, tmp_pa
 
 
 def test_a_former_quantizer_that_misses_the_target_is_given_up(
-    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spark: SparkContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nights = [Storage(str(tmp_path / name)) for name in ("first", "second", "alone")]
     for storage in nights:
@@ -248,7 +248,7 @@ def test_a_former_quantizer_that_misses_the_target_is_given_up(
 
 
 @pytest.mark.parametrize("num", [1, 2, 3])
-def test_fewer_items_than_k_are_all_found(spark: SparkSession, storage: Storage, num: int) -> None:
+def test_fewer_items_than_k_are_all_found(spark: SparkContext, storage: Storage, num: int) -> None:
     write_embeddings(storage, clustered(num), num_shards=1)
     build(spark, storage)
     opened = Index.open(storage)
@@ -259,7 +259,7 @@ def test_fewer_items_than_k_are_all_found(spark: SparkSession, storage: Storage,
 
 @pytest.mark.parametrize(("value", "complaint"), [(np.nan, "not finite"), (np.inf, "not finite"), (0.0, "all zeros")])
 def test_an_embedding_that_cannot_be_searched_is_named_before_anything_is_trained(
-    spark: SparkSession, storage: Storage, monkeypatch: pytest.MonkeyPatch, value: float, complaint: str
+    spark: SparkContext, storage: Storage, monkeypatch: pytest.MonkeyPatch, value: float, complaint: str
 ) -> None:
     vectors = clustered(30)
     vectors[25] = value
@@ -269,7 +269,7 @@ def test_an_embedding_that_cannot_be_searched_is_named_before_anything_is_traine
         build(spark, storage)
 
 
-def test_a_corrupted_shard_of_embeddings_is_named(spark: SparkSession, storage: Storage) -> None:
+def test_a_corrupted_shard_of_embeddings_is_named(spark: SparkContext, storage: Storage) -> None:
     write_embeddings(storage, clustered(300))
     path = Path(storage.locate(f"{EMBEDDINGS.name}/part-00001.parquet"))
     data = bytearray(path.read_bytes())
@@ -279,7 +279,7 @@ def test_a_corrupted_shard_of_embeddings_is_named(spark: SparkSession, storage: 
         build(spark, storage)
 
 
-def test_an_empty_catalogue_is_an_error(spark: SparkSession, storage: Storage) -> None:
+def test_an_empty_catalogue_is_an_error(spark: SparkContext, storage: Storage) -> None:
     write_embeddings(storage, clustered(5)[:0], num_shards=1)
     with pytest.raises(DataError, match="nothing to index"):
         build(spark, storage)
@@ -287,7 +287,7 @@ def test_an_empty_catalogue_is_an_error(spark: SparkSession, storage: Storage) -
 
 def test_a_budget_that_cannot_hold_the_index_is_refused_before_any_task(storage: Storage) -> None:
     write_embeddings(storage, clustered(3000))
-    nobody: SparkSession = None  # type: ignore[assignment]
+    nobody: SparkContext = None  # type: ignore[assignment]
     with pytest.raises(SettingsError, match=r"Flat takes 192,000 bytes; raise task.index.memory"):
         build(nobody, storage, memory=100_000)
     with pytest.raises(SettingsError, match=r"IVF8,Flat takes about 216,512 bytes .* task.index.memory is 100,000"):
@@ -295,7 +295,7 @@ def test_a_budget_that_cannot_hold_the_index_is_refused_before_any_task(storage:
 
 
 @pytest.mark.parametrize("factory", ["HNSW16", "IVF8,PQ4x4", "PCA8,IVF8,Flat", "IVF8,SQ8", "PQ8x4"])
-def test_other_faiss_factories_are_built_and_measured(spark: SparkSession, storage: Storage, factory: str) -> None:
+def test_other_faiss_factories_are_built_and_measured(spark: SparkContext, storage: Storage, factory: str) -> None:
     write_embeddings(storage, clustered(1500))
     build(spark, storage, factory=factory, recall_target=0.9)
     report = Index.open(storage).recall
@@ -303,7 +303,7 @@ def test_other_faiss_factories_are_built_and_measured(spark: SparkSession, stora
     assert report["reached"] == (report["recall"] >= 0.9)
 
 
-def test_uneven_and_starved_lists_are_said(spark: SparkSession, storage: Storage) -> None:
+def test_uneven_and_starved_lists_are_said(spark: SparkContext, storage: Storage) -> None:
     vectors = clustered(3000)
     vectors[:2500] = vectors[0] + 1e-4 * clustered(2500)
     write_embeddings(storage, vectors)

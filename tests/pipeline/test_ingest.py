@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as csv
 import pyarrow.parquet as pq
 import pytest
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 
 from pipeline import ingest, keys, steps
 from pipeline import spark as spark_module
@@ -24,7 +24,7 @@ from pipeline.contracts.storage import Storage
 from tests.synthetic import shop_settings, write_shop
 
 
-def ingested(spark: SparkSession, storage: Storage, settings: Settings) -> Manifest:
+def ingested(spark: SparkContext, storage: Storage, settings: Settings) -> Manifest:
     lineage = trace(storage, schemas.INGEST, settings, ingest.inputs(settings.task.data))
     ingest.run(spark, storage, settings, lineage)
     return open_manifest(storage, schemas.INTERACTIONS)
@@ -40,7 +40,7 @@ def keys_of(storage: Storage, dataset: schemas.Dataset) -> list[str]:
     return found
 
 
-def test_every_event_is_stored_once_under_its_keys(spark: SparkSession, storage: Storage, tmp_path: Path) -> None:
+def test_every_event_is_stored_once_under_its_keys(spark: SparkContext, storage: Storage, tmp_path: Path) -> None:
     settings = parse_settings(shop(tmp_path, storage))
     stored = read_table(storage, ingested(spark, storage, settings))
     users, items = keys_of(storage, schemas.USERS), keys_of(storage, schemas.ITEMS)
@@ -54,7 +54,7 @@ def test_every_event_is_stored_once_under_its_keys(spark: SparkSession, storage:
 
 @pytest.mark.parametrize("kind", ["temporal", "random"])
 def test_neither_row_groups_nor_ranges_of_hashes_change_a_byte(
-    spark: SparkSession, storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    spark: SparkContext, storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """The same rows in one piece, in three and in seven; keys sorted in 1, 8 and 32 ranges."""
     settings = parse_settings(shop(tmp_path, storage, split={"kind": kind, "validation": 0.1, "test": 0.2}))
@@ -69,7 +69,7 @@ def test_neither_row_groups_nor_ranges_of_hashes_change_a_byte(
     assert contents[0] == contents[1] == contents[2]
 
 
-def test_the_size_of_shards_changes_no_row(spark: SparkSession, storage: Storage, tmp_path: Path) -> None:
+def test_the_size_of_shards_changes_no_row(spark: SparkContext, storage: Storage, tmp_path: Path) -> None:
     tree = shop(tmp_path, storage)
     tables = []
     for size in (1000, 120, 50):
@@ -82,7 +82,7 @@ def test_the_size_of_shards_changes_no_row(spark: SparkSession, storage: Storage
 
 
 def test_degrees_and_first_sights_are_those_of_the_training_period(
-    spark: SparkSession, storage: Storage, tmp_path: Path
+    spark: SparkContext, storage: Storage, tmp_path: Path
 ) -> None:
     tree = shop(tmp_path, storage)
     path = tmp_path / "data" / "interactions.parquet"
@@ -101,7 +101,7 @@ def test_degrees_and_first_sights_are_those_of_the_training_period(
 
 
 def test_events_of_one_user_and_moment_stay_in_the_order_of_the_input(
-    spark: SparkSession, storage: Storage, tmp_path: Path
+    spark: SparkContext, storage: Storage, tmp_path: Path
 ) -> None:
     tree = shop(tmp_path, storage, split={"kind": "leave_last_out", "validation": 1, "test": 1})
     tree["task"]["data"] |= {"items": None}
@@ -139,7 +139,7 @@ def whole_keys(tmp_path: Path, layout: str) -> list[str]:
 
 
 def test_keys_mean_the_same_whether_files_hold_integers_or_text(
-    spark: SparkSession, storage: Storage, tmp_path: Path
+    spark: SparkContext, storage: Storage, tmp_path: Path
 ) -> None:
     """Integers are hashed as such where all files have them, so their ids are others; the keys are the same."""
     tree, found = shop(tmp_path, storage), []
@@ -158,7 +158,7 @@ def test_keys_mean_the_same_whether_files_hold_integers_or_text(
 
 
 def test_integer_ids_are_kept_when_the_next_night_has_text(
-    spark: SparkSession, storage: Storage, tmp_path: Path
+    spark: SparkContext, storage: Storage, tmp_path: Path
 ) -> None:
     """Three nights: integers, integers with new keys, text."""
     tree = shop(tmp_path, storage)
@@ -181,7 +181,7 @@ def test_integer_ids_are_kept_when_the_next_night_has_text(
 
 
 def test_of_a_repeated_catalogue_key_the_first_row_counts(
-    spark: SparkSession, storage: Storage, tmp_path: Path
+    spark: SparkContext, storage: Storage, tmp_path: Path
 ) -> None:
     tree = shop(tmp_path, storage)
     path = tmp_path / "data" / "items.parquet"
@@ -202,7 +202,7 @@ def test_of_a_repeated_catalogue_key_the_first_row_counts(
 
 
 def test_killed_after_any_step_a_run_goes_on_and_ends_with_the_same_bytes(
-    spark: SparkSession, storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spark: SparkContext, storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every attempt is cut short at the next step: first before its outputs are committed, then after."""
     tree = shop(tmp_path, storage)
@@ -213,7 +213,7 @@ def test_killed_after_any_step_a_run_goes_on_and_ends_with_the_same_bytes(
     storage = Storage(str(tmp_path / "again"))
     work_through, begun, attempts = spark_module.run_tasks, list[str](), 0
 
-    def run_tasks(spark: SparkSession, tasks: Any, work: Any, label: str) -> Any:
+    def run_tasks(spark: SparkContext, tasks: Any, work: Any, label: str) -> Any:
         done = work_through(spark, tasks, work, label)
         if label not in begun:
             begun.append(label)
@@ -242,7 +242,7 @@ def test_killed_after_any_step_a_run_goes_on_and_ends_with_the_same_bytes(
 
 
 def test_a_file_that_changes_between_its_two_readings_is_an_error(
-    spark: SparkSession, storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spark: SparkContext, storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree = shop(tmp_path, storage)
     path = tmp_path / "data" / "interactions.parquet"
@@ -267,7 +267,7 @@ def test_more_ids_than_32_bits_hold_are_refused() -> None:
         ingest.check_ids(2**32 + 1, schemas.ITEMS)
 
 
-def test_a_temporal_split_is_one_moment_for_everybody(spark: SparkSession, storage: Storage, tmp_path: Path) -> None:
+def test_a_temporal_split_is_one_moment_for_everybody(spark: SparkContext, storage: Storage, tmp_path: Path) -> None:
     settings = parse_settings(shop(tmp_path, storage, split={"validation": 0.1, "test": 0.2}))
     stored = read_table(storage, ingested(spark, storage, settings))
     times, splits = stored.column("timestamp").to_numpy(), stored.column("split").to_numpy()
@@ -278,7 +278,7 @@ def test_a_temporal_split_is_one_moment_for_everybody(spark: SparkSession, stora
 
 
 def test_leave_last_out_holds_out_every_users_last_events(
-    spark: SparkSession, storage: Storage, tmp_path: Path
+    spark: SparkContext, storage: Storage, tmp_path: Path
 ) -> None:
     split = {"kind": "leave_last_out", "validation": 1, "test": 2}
     stored = read_table(storage, ingested(spark, storage, parse_settings(shop(tmp_path, storage, split=split))))
@@ -288,7 +288,7 @@ def test_leave_last_out_holds_out_every_users_last_events(
 
 
 def test_ids_are_kept_from_an_earlier_run_and_new_keys_appended(
-    spark: SparkSession, storage: Storage, tmp_path: Path
+    spark: SparkContext, storage: Storage, tmp_path: Path
 ) -> None:
     tree = shop(tmp_path, storage)
     ingested(spark, storage, parse_settings(tree))
@@ -311,7 +311,7 @@ def test_ids_are_kept_from_an_earlier_run_and_new_keys_appended(
 
 @pytest.mark.parametrize("with_catalogue", [True, False])
 def test_what_came_since_is_added_as_if_all_were_read(
-    spark: SparkSession, tmp_path: Path, with_catalogue: bool
+    spark: SparkContext, tmp_path: Path, with_catalogue: bool
 ) -> None:
     """Late events and new users among it; afterwards the files of before are not needed."""
     write_shop(tmp_path / "data", num_users=60)
@@ -340,7 +340,7 @@ def test_what_came_since_is_added_as_if_all_were_read(
     assert told == {**expected, "kept": int((~late).sum())}
 
 
-def test_repeated_events_are_dropped_where_that_is_wanted(spark: SparkSession, tmp_path: Path) -> None:
+def test_repeated_events_are_dropped_where_that_is_wanted(spark: SparkContext, tmp_path: Path) -> None:
     """Those of the same user, item and moment, also if they came another night."""
     write_shop(tmp_path / "data", num_users=60)
     path = str(tmp_path / "data" / "interactions.parquet")
@@ -362,7 +362,7 @@ def test_repeated_events_are_dropped_where_that_is_wanted(spark: SparkSession, t
 
 
 def test_every_day_is_counted_however_many_shards_it_lies_in(
-    spark: SparkSession, storage: Storage, tmp_path: Path
+    spark: SparkContext, storage: Storage, tmp_path: Path
 ) -> None:
     tree = shop(tmp_path, storage)
     path = tmp_path / "data" / "interactions.parquet"
@@ -396,7 +396,7 @@ def test_every_day_is_counted_however_many_shards_it_lies_in(
 
 
 def test_events_of_unknown_items_are_counted_and_dropped_or_kept(
-    spark: SparkSession, storage: Storage, tmp_path: Path
+    spark: SparkContext, storage: Storage, tmp_path: Path
 ) -> None:
     tree = shop(tmp_path, storage)
     catalogue = pq.read_table(tmp_path / "data" / "items.parquet")
@@ -414,7 +414,7 @@ def test_events_of_unknown_items_are_counted_and_dropped_or_kept(
 
 
 def test_without_a_catalogue_items_are_those_of_the_interactions(
-    spark: SparkSession, storage: Storage, tmp_path: Path
+    spark: SparkContext, storage: Storage, tmp_path: Path
 ) -> None:
     tree = shop(tmp_path, storage)
     tree["task"]["data"]["items"] = None
@@ -424,7 +424,7 @@ def test_without_a_catalogue_items_are_those_of_the_interactions(
 
 
 def test_an_interrupted_ingest_says_the_same_of_events_that_weigh_nothing(
-    spark: SparkSession, storage: Storage, tmp_path: Path
+    spark: SparkContext, storage: Storage, tmp_path: Path
 ) -> None:
     """Their number is kept with the pieces already read, so a restart builds the same manifests."""
     tree = shop(tmp_path, storage)
@@ -447,7 +447,7 @@ def test_an_interrupted_ingest_says_the_same_of_events_that_weigh_nothing(
 
 
 def test_a_bad_catalogue_is_not_hidden_behind_many_interactions(
-    spark: SparkSession, storage: Storage, tmp_path: Path
+    spark: SparkContext, storage: Storage, tmp_path: Path
 ) -> None:
     tree = shop(tmp_path, storage)
     path = tmp_path / "data" / "items.parquet"
@@ -458,7 +458,7 @@ def test_a_bad_catalogue_is_not_hidden_behind_many_interactions(
         ingested(spark, storage, parse_settings(tree))
 
 
-def test_a_bad_night_leaves_the_former_datasets_standing(spark: SparkSession, storage: Storage, tmp_path: Path) -> None:
+def test_a_bad_night_leaves_the_former_datasets_standing(spark: SparkContext, storage: Storage, tmp_path: Path) -> None:
     tree = shop(tmp_path, storage)
     before = ingested(spark, storage, parse_settings(tree))
     path = tmp_path / "data" / "interactions.parquet"
@@ -469,7 +469,7 @@ def test_a_bad_night_leaves_the_former_datasets_standing(spark: SparkSession, st
 
 
 def test_interactions_of_one_moment_cannot_be_split_by_time(
-    spark: SparkSession, storage: Storage, tmp_path: Path
+    spark: SparkContext, storage: Storage, tmp_path: Path
 ) -> None:
     tree = shop(tmp_path, storage)
     path = tmp_path / "data" / "interactions.parquet"

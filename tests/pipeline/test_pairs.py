@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 
 from pipeline import pairs
 from pipeline.contracts import schemas
@@ -58,7 +58,7 @@ def ranking_by_power_iteration(adjacency: np.ndarray) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("strategy", ["replicate", "shuffle"])
 def test_hard_negatives_come_from_the_given_ranks_of_the_queries_alone(
-    spark: SparkSession, storage: Storage, strategy: str
+    spark: SparkContext, storage: Storage, strategy: str
 ) -> None:
     """Calibrated against exact personalised PageRank: what is drawn for ranks 20 to 50 lies about there."""
     generator = np.random.default_rng(0)

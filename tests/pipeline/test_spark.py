@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 
 from pipeline import spark as spark_module
 from pipeline.spark import run_tasks
 
 
-def test_what_a_worker_imported_is_not_looked_through_after_every_task(spark: SparkSession) -> None:
+def test_what_a_worker_imported_is_not_looked_through_after_every_task(spark: SparkContext) -> None:
     def frozen(task: dict[str, Any]) -> dict[str, Any]:
         return {"objects": gc.get_freeze_count()}
 
@@ -23,8 +23,8 @@ def test_what_a_worker_imported_is_not_looked_through_after_every_task(spark: Sp
     assert found[-1] > 1000
 
 
-def test_workers_of_this_machine_are_spoken_to_where_nobody_else_can(spark: SparkSession) -> None:
-    conf = spark.sparkContext.getConf()
+def test_workers_of_this_machine_are_spoken_to_where_nobody_else_can(spark: SparkContext) -> None:
+    conf = spark.getConf()
     assert conf.get("spark.python.unix.domain.socket.enabled") == "true"
     folder = Path(str(conf.get("spark.python.unix.domain.socket.dir")))
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700

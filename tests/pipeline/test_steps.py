@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 
 from pipeline.contracts.datasets import Lineage, open_manifest, read_shard
 from pipeline.contracts.errors import DataError
@@ -21,7 +21,7 @@ ROWS = pa.schema([("number", pa.int64())])
 OUTPUTS = (Output("ingest/rows"), Output("ingest/sent", 2, lambda reports: {"sum": sum(r["ten"] for r in reports)}))
 
 
-def run(spark: SparkSession, storage: Storage, lineage: Lineage = LINEAGE, fails: int | None = None) -> Any:
+def run(spark: SparkContext, storage: Storage, lineage: Lineage = LINEAGE, fails: int | None = None) -> Any:
     """Three tasks; every task that is run leaves a mark in the run's folder."""
 
     def make(task: dict[str, Any]) -> tuple[Sequence[Any], dict[str, Any]]:
@@ -36,7 +36,7 @@ def run(spark: SparkSession, storage: Storage, lineage: Lineage = LINEAGE, fails
     return run_step(spark, storage, lineage, "ingest/step", tasks, OUTPUTS, make, "test: step")
 
 
-def test_outputs_and_reports_are_stored_and_the_step_is_over(spark: SparkSession, storage: Storage) -> None:
+def test_outputs_and_reports_are_stored_and_the_step_is_over(spark: SparkContext, storage: Storage) -> None:
     assert run(spark, storage) == [{"ten": 0}, {"ten": 10}, {"ten": 20}]
     rows, sent = (open_manifest(storage, name) for name in ("ingest/rows", "ingest/sent"))
     assert [read_shard(storage, rows, n).column("number").to_pylist() for n in range(3)] == [[0, 10], [1, 10], [2, 10]]
@@ -47,7 +47,7 @@ def test_outputs_and_reports_are_stored_and_the_step_is_over(spark: SparkSession
     assert len(storage.names("marks")) == 3
 
 
-def test_a_restart_runs_only_the_tasks_that_were_not_finished(spark: SparkSession, storage: Storage) -> None:
+def test_a_restart_runs_only_the_tasks_that_were_not_finished(spark: SparkContext, storage: Storage) -> None:
     with pytest.raises(DataError, match="task 2 fails"):
         run(spark, storage, fails=2)
     storage.delete("ingest/rows/part-00001.parquet")  # as if it had been killed between its files
@@ -55,7 +55,7 @@ def test_a_restart_runs_only_the_tasks_that_were_not_finished(spark: SparkSessio
     assert sorted(mark[0] for mark in storage.names("marks")) == ["0", "1", "1", "2"]
 
 
-def test_another_lineage_runs_all_of_it(spark: SparkSession, storage: Storage) -> None:
+def test_another_lineage_runs_all_of_it(spark: SparkContext, storage: Storage) -> None:
     run(spark, storage)
     run(spark, storage, Lineage("ingest", {"other": 1}, {}))
     assert len(storage.names("marks")) == 6

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pytest
 from numpy.typing import NDArray
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 
 from pipeline import neighbourhoods, walkers, walks
 from pipeline.contracts import schemas
@@ -53,7 +53,7 @@ def settings_for(
 
 
 def neighbours(
-    spark: SparkSession, storage: Storage, graph: BipartiteGraph, num_shards: int, strategy: str, **task: Any
+    spark: SparkContext, storage: Storage, graph: BipartiteGraph, num_shards: int, strategy: str, **task: Any
 ) -> Manifest:
     store_graph(storage, graph, num_shards)
     for name in ("neighbours", "walks"):
@@ -72,7 +72,7 @@ def neighbours(
     ],
 )
 def test_exact_rows_are_the_same_whoever_holds_the_graph_and_however_it_is_cut(
-    spark: SparkSession, storage: Storage, weighted: bool, task: dict[str, Any]
+    spark: SparkContext, storage: Storage, weighted: bool, task: dict[str, Any]
 ) -> None:
     """1, 3 and 7 shards of a replicated graph, and lists shipped to shards: byte for byte."""
     graph = compressed(some_adjacency(), weighted)
@@ -93,7 +93,7 @@ def test_exact_rows_are_the_same_whoever_holds_the_graph_and_however_it_is_cut(
 
 
 def test_weights_of_every_row_sum_to_one_and_items_without_users_have_none(
-    spark: SparkSession, storage: Storage
+    spark: SparkContext, storage: Storage
 ) -> None:
     table = read_table(storage, neighbours(spark, storage, compressed(some_adjacency()), 2, "auto"))
     indptr, weights = arrow_to_lists(table.column("weights"))
@@ -108,7 +108,7 @@ def test_weights_of_every_row_sum_to_one_and_items_without_users_have_none(
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("strategy", ["replicate", "shuffle"])
 def test_walks_by_every_strategy_follow_the_stated_distribution(
-    spark: SparkSession, storage: Storage, strategy: str, weighted: bool
+    spark: SparkContext, storage: Storage, strategy: str, weighted: bool
 ) -> None:
     """Every item's visits over three hops against the power iteration; both strategies pass the same test."""
     adjacency = some_adjacency(24, 16)
@@ -133,7 +133,7 @@ def test_walks_by_every_strategy_follow_the_stated_distribution(
 
 
 def test_walkers_do_not_lose_or_invent_walks_and_hubs_are_split(
-    spark: SparkSession, storage: Storage, monkeypatch: pytest.MonkeyPatch
+    spark: SparkContext, storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With cells and parts as small as can be, so that popular nodes' rows are several tasks' work."""
     monkeypatch.setattr(walkers, "_TASK_ROWS", 40)
@@ -156,7 +156,7 @@ def test_walkers_do_not_lose_or_invent_walks_and_hubs_are_split(
         assert (expected[nodes[mine]] > 0).all()
 
 
-def test_a_restart_does_only_what_is_missing(spark: SparkSession, storage: Storage) -> None:
+def test_a_restart_does_only_what_is_missing(spark: SparkContext, storage: Storage) -> None:
     finished = neighbours(spark, storage, compressed(some_adjacency()), 4, "shuffle")
     kept = Path(storage.locate("neighbours/part-00002.parquet"))
     # What an interrupted attempt leaves: shards with receipts and no manifest, one shard missing.
@@ -171,7 +171,7 @@ def test_a_restart_does_only_what_is_missing(spark: SparkSession, storage: Stora
     assert read_table(storage, open_manifest(storage, schemas.NEIGHBOURS)).num_rows == 60
 
 
-def test_a_damaged_local_copy_of_the_graph_changes_nothing(spark: SparkSession, storage: Storage) -> None:
+def test_a_damaged_local_copy_of_the_graph_changes_nothing(spark: SparkContext, storage: Storage) -> None:
     graph = compressed(some_adjacency())
     before = neighbours(spark, storage, graph, 2, "replicate").content
     copies = list(Path(storage.url).parent.glob("cache/*/user_items/*-neighbours/values.npy"))

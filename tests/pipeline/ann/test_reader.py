@@ -9,7 +9,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 
 from pipeline.contracts.errors import DataError
 from pipeline.contracts.storage import Storage
@@ -20,7 +20,7 @@ FACTORIES = ("Flat", "IVF32,Flat", "IVF32,PQ8x4fs,Refine(SQfp16)")
 
 
 @pytest.fixture(scope="module")
-def runs(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def runs(spark: SparkContext, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Runs of 2 000 clustered vectors, by factory."""
     folders = {}
     for factory in FACTORIES:
@@ -122,7 +122,7 @@ def test_an_unknown_key_is_an_error_that_names_near_ones(runs: dict[str, str]) -
         opened.search("item-1", 5)
 
 
-def test_an_index_of_older_embeddings_is_not_opened(spark: SparkSession, storage: Storage) -> None:
+def test_an_index_of_older_embeddings_is_not_opened(spark: SparkContext, storage: Storage) -> None:
     write_embeddings(storage, clustered(30))
     build(spark, storage)
     write_embeddings(storage, clustered(30, seed=2))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 
 from pipeline.contracts import datasets, schemas
 from pipeline.contracts.datasets import Lineage, Manifest
@@ -57,7 +57,7 @@ def items(keys: list[str], first: int) -> pa.Table:
 
 @pytest.mark.parametrize(("keys", "expected"), [("abcdefg", (5, 1.0)), ("abxde", (5, 0.8)), ("abc", (3, 1.0))])
 def test_ids_are_compared_by_key_whatever_the_shards(
-    spark: SparkSession, storage: Storage, tmp_path: Any, keys: str, expected: tuple[int, float]
+    spark: SparkContext, storage: Storage, tmp_path: Any, keys: str, expected: tuple[int, float]
 ) -> None:
     live = Storage(f"{tmp_path}/live")
     then = write(live, schemas.ITEMS, [items(["a", "b", "c"], 0), items(["d", "e"], 3)])
@@ -66,7 +66,7 @@ def test_ids_are_compared_by_key_whatever_the_shards(
     assert stage.check_ids(expected[1]).verdict == ("pass" if expected[1] == 1 else "block")
 
 
-def test_a_survey_is_that_of_the_whole_matrix_whatever_the_shards(spark: SparkSession, storage: Storage) -> None:
+def test_a_survey_is_that_of_the_whole_matrix_whatever_the_shards(spark: SparkContext, storage: Storage) -> None:
     rng = np.random.default_rng(4)
     vectors = rng.normal(loc=1, size=(40, 6)).astype(np.float32)
     vectors[3], vectors[20:, 1], vectors[:, 4] = 0, 0, 0
@@ -86,7 +86,7 @@ def test_a_survey_is_that_of_the_whole_matrix_whatever_the_shards(spark: SparkSe
     assert found["spread"] == pytest.approx(((good - good.mean(axis=0)) ** 2).sum() / squares.sum())
 
 
-def test_items_without_content_columns_have_nothing_to_survey(spark: SparkSession, storage: Storage) -> None:
+def test_items_without_content_columns_have_nothing_to_survey(spark: SparkContext, storage: Storage) -> None:
     table = pa.table({"id": pa.array([0], pa.uint32()), "features": datasets.vectors_to_arrow(np.ones((1, 1), "f4"))})
     described = [{"name": "degree", "kind": "degree", "start": 0, "stop": 1}]
     manifest = write(storage, schemas.FEATURES, [table], columns=described, missing={})

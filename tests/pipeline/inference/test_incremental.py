@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from numpy.typing import NDArray
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 
 from pipeline.contracts import schemas
 from pipeline.contracts.config import parse_settings
@@ -91,7 +91,7 @@ class World:
 
 
 def embed(
-    spark: SparkSession, storage: Storage, network: PlainNetwork, rows: int = 25, previous: Storage | None = None,
+    spark: SparkContext, storage: Storage, network: PlainNetwork, rows: int = 25, previous: Storage | None = None,
     **inference: Any,
 ) -> tuple[Array, dict[str, Any]]:  # fmt: skip
     """The stage's embeddings and metadata."""
@@ -116,7 +116,7 @@ def cosines(one: Array, other: Array) -> Array:
     ("inference", "noted"), [({}, True), ({"layer_dtype": "float16"}, True), ({"layer_dtype": "float16"}, False)]
 )
 def test_what_changed_is_made_again_to_the_bytes_of_a_whole_run(
-    spark: SparkSession, tmp_path: Path, inference: dict[str, Any], noted: bool
+    spark: SparkContext, tmp_path: Path, inference: dict[str, Any], noted: bool
 ) -> None:
     network, world = PlainNetwork(2), World(94)
     first, second, whole, third = (Storage(str(tmp_path / name)) for name in ("first", "second", "whole", "third"))
@@ -152,7 +152,7 @@ def test_what_changed_is_made_again_to_the_bytes_of_a_whole_run(
     np.testing.assert_array_equal(chained, embed(spark, whole, network, **inference)[0])
 
 
-def test_nothing_changed_nothing_is_made(spark: SparkSession, tmp_path: Path) -> None:
+def test_nothing_changed_nothing_is_made(spark: SparkContext, tmp_path: Path) -> None:
     world, network = World(40), PlainNetwork(2)
     first, second = (Storage(str(tmp_path / name)) for name in ("first", "second"))
     for storage in (first, second):
@@ -164,7 +164,7 @@ def test_nothing_changed_nothing_is_made(spark: SparkSession, tmp_path: Path) ->
     assert told["drift"] == {"compared": 40, "same_model": True, "cosine_mean": 1, "moved_share": 0}
 
 
-def test_shards_of_the_same_items_keep_their_bounds_and_bytes(spark: SparkSession, tmp_path: Path) -> None:
+def test_shards_of_the_same_items_keep_their_bounds_and_bytes(spark: SparkContext, tmp_path: Path) -> None:
     network, world = PlainNetwork(2), World(100)
     first, second, whole = (Storage(str(tmp_path / name)) for name in ("first", "second", "whole"))
     world.store(first, 4)
@@ -247,7 +247,7 @@ def fewer_items(world: World, storage: Storage) -> None:
     ],
 )
 def test_what_cannot_be_gone_on_from_is_made_whole(
-    spark: SparkSession, tmp_path: Path, capfd: pytest.CaptureFixture[str], change: Callable[..., None], reason: str
+    spark: SparkContext, tmp_path: Path, capfd: pytest.CaptureFixture[str], change: Callable[..., None], reason: str
 ) -> None:
     world, network = World(40), PlainNetwork(2)
     first, second, whole = (Storage(str(tmp_path / name)) for name in ("first", "second", "whole"))

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from numpy.typing import NDArray
-from pyspark.sql import SparkSession
+from pyspark import SparkContext
 
 from pipeline import spark as spark_module
 from pipeline import steps
@@ -124,7 +124,7 @@ def all_at_once(network: PlainNetwork, features: Array, lists: list[list[int]], 
 
 
 def embed(
-    spark: SparkSession, storage: Storage, network: PlainNetwork, rows_per_shard: int, *overrides: str
+    spark: SparkContext, storage: Storage, network: PlainNetwork, rows_per_shard: int, *overrides: str
 ) -> tuple[Array, list[str], dict[str, Any]]:
     """The stage's embeddings, their keys, and what the manifest says."""
     tree = shop_settings(Path("data"), Path(storage.url))
@@ -160,7 +160,7 @@ NO_HUBS = (
 
 @pytest.mark.parametrize("reduction", ["sum", "max"])
 def test_all_ways_give_the_bytes_of_one_and_the_values_of_whole_matrices(
-    spark: SparkSession, storage: Storage, reduction: str
+    spark: SparkContext, storage: Storage, reduction: str
 ) -> None:
     network = PlainNetwork(2, reduction)
     expected = all_at_once(network, *store_inputs(storage))
@@ -181,7 +181,7 @@ def test_all_ways_give_the_bytes_of_one_and_the_values_of_whole_matrices(
         assert (told["without_edges"], told["drift"]) == (NUM_ITEMS, None)
 
 
-def test_half_precision_layers_are_near_and_shuffled_as_gathered(spark: SparkSession, storage: Storage) -> None:
+def test_half_precision_layers_are_near_and_shuffled_as_gathered(spark: SparkContext, storage: Storage) -> None:
     network = PlainNetwork(2)
     expected = all_at_once(network, *store_inputs(storage))
     half = ("task.inference.layer_dtype=float16", "task.inference.dtype=float16")
@@ -193,7 +193,7 @@ def test_half_precision_layers_are_near_and_shuffled_as_gathered(spark: SparkSes
     assert np.abs(gathered - expected).max() > 1e-6
 
 
-def test_without_layers_the_head_reads_content(spark: SparkSession, storage: Storage) -> None:
+def test_without_layers_the_head_reads_content(spark: SparkContext, storage: Storage) -> None:
     network = PlainNetwork(0)
     expected = all_at_once(network, *store_inputs(storage))
     vectors, _, _ = embed(spark, storage, network, 8, *SHUFFLE)
@@ -208,7 +208,7 @@ def test_without_layers_the_head_reads_content(spark: SparkSession, storage: Sto
     ],
 )
 def test_broken_off_it_goes_on_to_the_same_bytes(
-    spark: SparkSession, storage: Storage, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...],
+    spark: SparkContext, storage: Storage, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...],
     breaks_at: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Broken off in the middle of several steps in turn, when half of a step's tasks are done."""
@@ -223,7 +223,7 @@ def test_broken_off_it_goes_on_to_the_same_bytes(
     class BrokenOffError(Exception):
         pass
 
-    def breaking(session: SparkSession, tasks: Any, work: Any, label: str) -> Any:
+    def breaking(session: SparkContext, tasks: Any, work: Any, label: str) -> Any:
         if label not in left:
             return original(session, tasks, work, label)
         left.remove(label)
@@ -240,7 +240,7 @@ def test_broken_off_it_goes_on_to_the_same_bytes(
 
 
 def test_edges_are_worked_out_once_for_many_models(
-    spark: SparkSession, storage: Storage, monkeypatch: pytest.MonkeyPatch
+    spark: SparkContext, storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store_inputs(storage)
     first, other = PlainNetwork(2), PlainNetwork(2)
@@ -249,7 +249,7 @@ def test_edges_are_worked_out_once_for_many_models(
     labels = []
     original = spark_module.run_tasks
 
-    def watching(session: SparkSession, tasks: Any, work: Any, label: str) -> Any:
+    def watching(session: SparkContext, tasks: Any, work: Any, label: str) -> Any:
         labels.append(label)
         return original(session, tasks, work, label)
 
@@ -263,7 +263,7 @@ def test_edges_are_worked_out_once_for_many_models(
 
 @pytest.mark.parametrize("breaks_in", ["head", "project"])
 def test_a_diverged_model_is_refused_by_item_and_nothing_is_published(
-    spark: SparkSession, storage: Storage, breaks_in: str
+    spark: SparkContext, storage: Storage, breaks_in: str
 ) -> None:
     store_inputs(storage)
     with pytest.raises(DataError, match=r"item key 0 got an embedding with NaN.*learning_rate"):
