@@ -48,11 +48,9 @@ from pipeline.contracts.errors import PipelineError, ResourceError
 from pipeline.contracts.safety import SECRET_NAMES, printable
 from pipeline.contracts.schemas import Dataset
 from pipeline.contracts.storage import Storage
+from pipeline.jvm import LIGHT, archive_options
 
 Task = dict[str, Any]
-_LIGHT = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
-"""Of Spark's JVMs, unless resources.spark.conf has options of its own. They only hand out tasks, no rows pass through
-them; compiling what runs for seconds cost more than all else: 18 core-seconds a session without, 7 with it."""
 _LOCATORS = "UserProvidedCacheLocator,InTreeCacheLocator,UserWideCacheLocator,IPythonCacheLocator,ZipCacheLocator"
 """Where numba looks for compiled kernels of its own accord."""
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
@@ -101,8 +99,8 @@ def _settings(resources: SparkResources) -> SparkConf:
         "spark.python.worker.reuse": "true",
         "spark.executorEnv.OMP_WAIT_POLICY": "PASSIVE",
         "spark.executorEnv.NUMBA_CACHE_LOCATOR_CLASSES": f"pipeline.kernel_cache.ByContent,{_LOCATORS}",
-        "spark.driver.extraJavaOptions": _LIGHT,
-        "spark.executor.extraJavaOptions": _LIGHT,
+        "spark.driver.extraJavaOptions": LIGHT,
+        "spark.executor.extraJavaOptions": LIGHT,
         **({"spark.driver.port": str(resources.driver_port)} if resources.driver_port else {}),
     }
     if resources.master and not submitted:
@@ -110,10 +108,13 @@ def _settings(resources: SparkResources) -> SparkConf:
         if resources.master.startswith("local"):
             wanted |= {"spark.driver.bindAddress": "127.0.0.1", "spark.driver.host": "127.0.0.1", **_unix_sockets()}
     wanted |= resources.conf
-    if _QUIET.exists() and not submitted:
+    if not submitted:
         options = wanted.get("spark.driver.extraJavaOptions", "")
-        if "log4j" not in options:
-            wanted["spark.driver.extraJavaOptions"] = f"{options} -Dlog4j2.configurationFile={_QUIET.as_uri()}".strip()
+        if _QUIET.exists() and "log4j" not in options:
+            options = f"{options} -Dlog4j2.configurationFile={_QUIET.as_uri()}".strip()
+        if "Archive" not in options and "-Xshare" not in options:
+            options = f"{options} {archive_options(wanted.get('spark.driver.extraClassPath', ''))}".strip()
+        wanted["spark.driver.extraJavaOptions"] = options
     given = _submitted_settings() if submitted else {}
     return SparkConf().setAll([pair for pair in wanted.items() if pair[0] not in given])
 

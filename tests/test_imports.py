@@ -31,6 +31,7 @@ KERNELS = {
     "graph_kernel": {"graph"},
     "inference": {"newcomers"},
     "input_files": {"guess", "sources"},
+    "jvm": {"spark"},
     "keys": {"ingest", "newcomers"},
     "mixing": {
         "differences",
