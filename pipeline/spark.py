@@ -107,6 +107,7 @@ def _settings(resources: SparkResources) -> SparkConf:
         wanted["spark.master"] = resources.master
         if resources.master.startswith("local"):
             wanted |= {"spark.driver.bindAddress": "127.0.0.1", "spark.driver.host": "127.0.0.1", **_unix_sockets()}
+            wanted["spark.python.daemon.module"] = "pipeline.worker_daemon"
     wanted |= resources.conf
     if not submitted:
         options = wanted.get("spark.driver.extraJavaOptions", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import stat
 import tempfile
 from pathlib import Path
@@ -13,6 +14,7 @@ from pyspark import SparkContext
 
 from pipeline import spark as spark_module
 from pipeline.spark import run_tasks
+from pipeline.worker_daemon import is_copy
 
 
 def test_what_a_worker_imported_is_not_looked_through_after_every_task(spark: SparkContext) -> None:
@@ -21,6 +23,39 @@ def test_what_a_worker_imported_is_not_looked_through_after_every_task(spark: Sp
 
     found = [run_tasks(spark, [{}], frozen, "test")[0]["objects"] for _ in range(3)]
     assert found[-1] > 1000
+
+
+def test_workers_are_forked_from_a_process_with_no_thread_that_a_fork_would_miss(spark: SparkContext) -> None:
+    def look(task: dict[str, Any]) -> dict[str, Any]:
+        import pyspark
+
+        daemon = Path(f"/proc/{os.getppid()}")
+        threads = sorted((daemon / "task").iterdir(), key=lambda thread: int(thread.name))
+        return {
+            "command": (daemon / "cmdline").read_text(), "from": pyspark.__file__,
+            "threads": [(thread / "comm").read_text().strip() for thread in threads],
+        }  # fmt: skip
+
+    found = run_tasks(spark, [{}], look, "test")[0]
+    assert "pipeline.worker_daemon" in found["command"]
+    assert set(found["threads"][1:]) <= {"jemalloc_bg_thd"}  # Arrow's allocator's: forks are provided for
+    assert ".zip" not in found["from"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ("/env/lib/site-packages/pyspark/python/lib/pyspark.zip", True),
+        ("/env/lib/site-packages/pyspark/python/lib/py4j-0.10.9.9-src.zip", True),
+        ("/opt/spark/python/lib/pyspark.zip", False),  # another Spark's, which is to be used
+        ("/other/site-packages/pyspark/python/lib/pyspark.zip", False),
+        ("/job/pinsage.zip", False),
+        ("pinsage.zip", False),
+        ("/env/lib/site-packages", False),
+    ],
+)
+def test_only_the_zip_of_the_installed_pyspark_is_passed_over(entry: str, expected: bool) -> None:
+    assert is_copy(entry, ["/job", entry, "/env/lib/site-packages"]) is expected
 
 
 def test_workers_of_this_machine_are_spoken_to_where_nobody_else_can(spark: SparkContext) -> None:

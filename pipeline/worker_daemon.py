@@ -1,0 +1,51 @@
+"""The process that a local session's Python workers are forked from, with what all of them need already imported.
+
+Spark's own takes pyspark from a zip, which holds no compiled code, and leaves it to every worker to import what its
+first task needs. Of what is imported here only Arrow's allocator has a thread, and does without in a fork.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+NEEDED = ("numba", "pyarrow.compute", "pyarrow.parquet", "pyspark.worker", "pipeline.spark")
+
+
+def main() -> None:
+    """Import, and serve Spark until it ends."""
+    sys.path[:] = [entry for entry in sys.path if not is_copy(entry, sys.path)]
+    for name in NEEDED:
+        import_module(name)
+    import_module("pyarrow").array([""])  # imports pandas, if that is installed
+    gc.collect()
+    gc.freeze()
+    daemon: Any = import_module("pyspark.daemon")
+    daemon.worker = quiet(daemon.worker)
+    daemon.manager()
+
+
+def is_copy(entry: str, entries: Sequence[str]) -> bool:
+    """Whether a path to import from is a zip of a pyspark that lies installed in another of them."""
+    folders = Path(entry).parents
+    return entry.endswith(".zip") and len(folders) > 3 and folders[2].name == "pyspark" and str(folders[3]) in entries
+
+
+def quiet(worker: Callable[..., int]) -> Callable[..., int]:
+    """A worker that, when Spark has closed its socket, ends without a traceback: that is how a session ends."""
+
+    def work(*arguments: Any) -> int:
+        try:
+            return worker(*arguments)
+        except BrokenPipeError:
+            return 1
+
+    return work
+
+
+if __name__ == "__main__":
+    main()
