@@ -27,6 +27,7 @@ from pipeline.nightly.night import checked_date
 from pipeline.nightly.summary import NIGHTS
 from pipeline.releases.catalogue import Catalogue
 from pipeline.releases.records import RUNS
+from pipeline.spark import launch
 
 if TYPE_CHECKING:
     from pipeline.gate.stage import Force
@@ -55,9 +56,10 @@ def gate_command(
 ) -> None:
     """Judge a finished run against the live release: quality, index, vectors, data. Writes gate/verdict.json."""
     with exit_codes():
+        forced, loaded = force_of(force, reason), load_settings(settings, override or ())
+        launch(loaded.resources.spark)
         from pipeline.gate.stage import judge
 
-        forced, loaded = force_of(force, reason), load_settings(settings, override or ())
         site = loaded.resources.site
         if site is not None:
             home, released = site.rstrip("/"), Catalogue(site).pointer()[1].release

@@ -24,7 +24,7 @@ from rich.markup import escape
 
 from jobs.gate import REFUSED, force_of, print_verdict, read_history
 from jobs.releases import site_of
-from jobs.stage import OverrideOption, SettingsOption, console, exit_codes, run_stages, spark_session
+from jobs.stage import OverrideOption, SettingsOption, console, exit_codes, import_stages, run_stages, spark_session
 from pipeline.contracts import schemas
 from pipeline.contracts.config import Settings, load_settings
 from pipeline.contracts.datasets import find_manifest, read_file, withdraw_broken
@@ -35,6 +35,7 @@ from pipeline.nightly.night import Night
 from pipeline.releases.catalogue import Catalogue
 from pipeline.releases.records import RUNS
 from pipeline.releases.retention import collect
+from pipeline.spark import launch
 
 if TYPE_CHECKING:
     from pipeline.gate.stage import Force
@@ -162,6 +163,8 @@ class Steps:
     def run(self, tonight: Night, forced: Force | None) -> int:
         """All stages and the end, on one Spark session."""
         settings = night.settings_of(tonight, self.settings, self.site.url)
+        launch(settings.resources.spark)
+        import_stages()
         try:
             with self.failing(tonight), spark_session(settings), budget(self.settings.resources.nightly.budget_hours):
                 return self._mended(settings, lambda: self._stages_and_finish(tonight, settings, forced))

@@ -25,14 +25,13 @@ from rich.markup import escape
 from model.lifetime import PARENT
 from model.lineage import adopt
 from model.lineage import lineage as training_lineage
-from pipeline import features, ingest
 from pipeline.contracts import schemas
 from pipeline.contracts.config import Settings, dump_settings, load_settings
 from pipeline.contracts.datasets import RECEIPTS, Lineage, begin, code_version, find_manifest, is_up_to_date, trace
 from pipeline.contracts.errors import PipelineError, ResourceError
 from pipeline.contracts.schemas import RESOLVED, Stage
 from pipeline.contracts.storage import Storage
-from pipeline.spark import RUN, check_port, is_running, say, session
+from pipeline.spark import RUN, check_port, is_running, launch, say, session, stop
 
 console = Console(stderr=True, highlight=False)
 
@@ -118,6 +117,7 @@ def run_stages(stages: Sequence[Stage], settings: Settings, force: bool = False)
             elif stage is schemas.TRAIN:
                 adopt(storage, settings, lineage)
             else:
+                launch(settings.resources.spark)  # while the stage is imported
                 _runner(stage)(spark(), storage, settings, lineage)
             ran.append(stage.name)
             seconds = time.monotonic() - started
@@ -139,11 +139,20 @@ def lineage_of(storage: Storage, stage: Stage, settings: Settings) -> Lineage:
         model = find_manifest(storage, schemas.MODEL)
         ranks = settings.resources.training.ranks
         return training_lineage(storage, settings, ranks if model is None else int(model.lineage.inputs["world_size"]))
-    own: dict[Stage, Callable[[], dict[str, str]]] = {
-        schemas.INGEST: lambda: ingest.inputs(settings.task.data),
-        schemas.FEATURES_STAGE: lambda: features.inputs(settings.task.features),
-    }
-    return trace(storage, stage, settings, own[stage]() if stage in own else None)
+    return trace(storage, stage, settings, _own_inputs(stage, settings))
+
+
+def _own_inputs(stage: Stage, settings: Settings) -> dict[str, str] | None:
+    """What the stage reads that is not of its run; the stages are imported here, as what they need takes a while."""
+    if stage is schemas.INGEST:
+        from pipeline import ingest
+
+        return ingest.inputs(settings.task.data)
+    if stage is schemas.FEATURES_STAGE:
+        from pipeline import features
+
+        return features.inputs(settings.task.features)
+    return None
 
 
 def measure(storage: Storage, stage: Stage, seconds: float) -> dict[str, Any]:
@@ -159,6 +168,13 @@ def measure(storage: Storage, stage: Stage, seconds: float) -> dict[str, Any]:
 def is_not_needed(stage: Stage, settings: Settings) -> bool:
     """Whether nothing would read what the stage makes: pairs, where an earlier run's model is taken as it is."""
     return stage is schemas.PAIRS_STAGE and settings.task.training.epochs == 0
+
+
+def import_stages() -> None:
+    """Import what runs the stages, for who has to wait for Spark in any case."""
+    for stage in schemas.STAGES:
+        if stage is not schemas.TRAIN:
+            _runner(stage)
 
 
 def _runner(stage: Stage) -> Callable[[SparkContext, Storage, Settings, Lineage], None]:
@@ -230,4 +246,4 @@ class _LazySession:
     def stop(self) -> None:
         """Stop Spark if it was started here."""
         if self._spark is not None and not self._found:
-            self._spark.stop()
+            stop(self._spark)

@@ -20,7 +20,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -60,6 +60,22 @@ _LONGEST_FOLDER = 61
 _QUIET = Path(__file__).with_name("log4j2.properties")
 
 
+def launch(resources: SparkResources) -> None:
+    """Let Spark's JVM start, and return at once: what the caller imports and reads meanwhile takes no time then.
+
+    session waits for it; if it did not start, session tries again, and says why.
+    """
+    if _is_submitted() or SparkContext._gateway is not None:
+        return
+    settings = _settings(resources)
+
+    def start() -> None:
+        with suppress(Exception):
+            SparkContext._ensure_initialized(conf=settings)
+
+    threading.Thread(target=start, name="spark", daemon=True).start()
+
+
 def session(resources: SparkResources, name: str) -> SparkContext:
     """Start Spark, or find it. Settings given to spark-submit win over ours.
 
@@ -68,6 +84,8 @@ def session(resources: SparkResources, name: str) -> SparkContext:
     """
     if resources.driver_port:
         check_port(resources.driver_port, "resources.spark.driver_port")
+    if _stopping:
+        _stopping.pop().join()
     try:
         spark = SparkContext.getOrCreate(_settings(resources).setAppName(name))
     except (PySparkException, Py4JError, RuntimeError, OSError) as error:
@@ -79,6 +97,19 @@ def session(resources: SparkResources, name: str) -> SparkContext:
         ) from error
     spark.setLogLevel("ERROR")
     return spark
+
+
+_stopping: list[threading.Thread] = []
+"""What still stops the last session."""
+
+
+def stop(spark: SparkContext) -> None:
+    """Stop Spark. For a thread of its own, which sleeps up to a second, pyspark waits by itself."""
+    thread = threading.Thread(target=spark.stop, daemon=True)
+    thread.start()
+    _stopping.append(thread)
+    while thread.is_alive() and spark._jsc is not None:
+        thread.join(0.01)
 
 
 def _is_submitted() -> bool:
@@ -143,7 +174,8 @@ def _submitted_settings() -> dict[str, str]:
 
 def is_running() -> bool:
     """Whether this process has a session."""
-    return SparkContext._active_spark_context is not None
+    found = SparkContext._active_spark_context
+    return found is not None and found._jsc is not None
 
 
 def check_port(port: int, setting: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from pipeline.contracts import schemas
 from pipeline.contracts.config import reference
 from pipeline.contracts.schemas import STAGES
 from tests.jobs.conftest import Shop
+from tests.runs import ROOT
 
 STAGE_NAMES = [stage.name for stage in STAGES]
 
@@ -55,6 +58,14 @@ def test_the_help_of_a_stage_says_what_it_reads_and_writes(stage: schemas.Stage)
     assert stage.meaning[1:] in text
     assert "--set" in text
     assert "--force" in text
+
+
+def test_a_command_starts_without_what_only_stages_need() -> None:
+    """They take longer to import than all else, and Spark can start meanwhile."""
+    heavy = ("numba", "scipy", "sklearn", "pandas", "torch", "faiss")
+    code = f"import sys, jobs.cli; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("command", ["run", "status", "query", "embed", "plan", "init", "settings", "demo"])

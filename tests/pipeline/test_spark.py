@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import stat
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from pyspark import SparkContext
 from pipeline import spark as spark_module
 from pipeline.spark import run_tasks
 from pipeline.worker_daemon import is_copy
+from tests.runs import ROOT
 
 
 def test_what_a_worker_imported_is_not_looked_through_after_every_task(spark: SparkContext) -> None:
@@ -74,3 +77,28 @@ def test_where_a_folders_name_is_too_long_for_a_socket_tcp_stays(
     monkeypatch.setattr(tempfile, "tempdir", str(long))
     assert spark_module._unix_sockets.__wrapped__() == {}
     assert not any(long.iterdir())
+
+
+TWICE = """
+import sys, time
+from pyspark import SparkContext
+from pipeline.contracts.config import SparkResources
+from pipeline.spark import is_running, launch, run_tasks, session, stop
+resources = SparkResources(master="local[1]", driver_memory="1g")
+launch(resources)
+deadline = time.monotonic() + 60
+while SparkContext._gateway is None and time.monotonic() < deadline:
+    time.sleep(0.05)
+launched = SparkContext._gateway
+for _ in range(2):
+    spark = session(resources, "test")
+    print(is_running(), SparkContext._gateway is launched, run_tasks(spark, [{}], lambda task: {"answer": 42}, "test"))
+    stop(spark)
+    print(is_running())
+"""
+
+
+def test_a_session_takes_the_launched_jvm_and_may_follow_one_that_still_stops() -> None:
+    done = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.splitlines() == ["True True [{'answer': 42}]", "False"] * 2
+    assert "Traceback" not in done.stderr
