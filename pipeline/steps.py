@@ -114,7 +114,9 @@ def run_step(
         number = task.pop("number")
         file = f"part-{number:05d}.json"
         noted = finished_file(storage, name, file, lineage)
-        shards = [finished_shard(storage, output.dataset, output.file(number), lineage) for output in outputs]
+        shards: list[Shard | None] = []
+        if noted is not None:
+            shards = [finished_shard(storage, output.dataset, output.file(number), lineage) for output in outputs]
         if noted is None or None in shards:
             made, report = make(task)
             pairs = zip(outputs, made, strict=True)
