@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import platform
+import resource
 import stat
 import subprocess
 import sys
@@ -102,3 +104,18 @@ def test_a_session_takes_the_launched_jvm_and_may_follow_one_that_still_stops() 
     done = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.splitlines() == ["True True [{'answer': 42}]", "False"] * 2
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only the GNU C library is told to keep memory")
+def test_a_worker_reuses_the_memory_of_what_it_freed(spark: SparkContext) -> None:
+    def faults(task: dict[str, Any]) -> dict[str, Any]:
+        counts = []
+        for _ in range(3):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            bytearray(task["bytes"])
+            counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        return {"faults": counts}
+
+    size = 48 << 20
+    found = run_tasks(spark, [{"bytes": size}], faults, "test")[0]["faults"]
+    assert max(found[1:]) < size // resource.getpagesize() // 20
