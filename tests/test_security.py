@@ -223,7 +223,7 @@ def test_errors_and_log_lines_show_no_secret(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_spark_hides_secrets_in_its_pages_and_logs(spark: Any) -> None:
-    pattern = spark.conf.get("spark.redaction.regex")
+    pattern = spark.getConf().get("spark.redaction.regex")
     matches = spark._jvm.java.util.regex.Pattern.compile(pattern)
     for name in ("spark.hadoop.fs.s3a.secret.key", "AWS_SESSION_TOKEN", "fs.azure.account.key", "spark.my.password"):
         assert matches.matcher(name).find(), name

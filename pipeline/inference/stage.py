@@ -25,6 +25,7 @@ from pipeline.contracts.config import Settings
 from pipeline.contracts.datasets import (
     Lineage,
     begin,
+    find_manifest,
     finished_manifest,
     open_manifest,
     read_rows,
@@ -47,6 +48,10 @@ def run(spark: SparkContext, storage: Storage, settings: Settings, lineage: Line
     """Embed every item of the catalogue; of an earlier run of the same model only what has changed since."""
     begin(storage, schemas.EMBEDDINGS)
     if not _from_earlier(spark, storage, settings, lineage, network):
+        _run_all(spark, storage, settings, lineage, network)
+    if find_manifest(storage, schemas.EMBEDDINGS) is None:
+        say("inference: once more, as what an earlier attempt had made is gone")
+        storage.delete(schemas.LAYERS.name)
         _run_all(spark, storage, settings, lineage, network)
 
 

@@ -130,7 +130,7 @@ def test_the_second_reads_what_is_new_and_keeps_the_model(site: Site) -> None:
     assert outcome.exit_code == 0, outcome.text
     assert "the model is kept" in outcome.text
     assert "1 new files are read" in outcome.text
-    assert "made again:" in outcome.text, "inference goes on from the night before"
+    assert "inference: find changes" in outcome.text, "inference looks for what it need not make again"
     told = site.told(NIGHTS[1])
     assert (told["status"], told["previous"], told["training"]["nights_old"]) == ("published", NIGHTS[0], 1)
     one, other = (open_manifest(site.of(night), schemas.MODEL).content for night in NIGHTS[:2])

@@ -205,6 +205,14 @@ def test_bounds_go_on_from_the_earlier_runs(former: list[int], num_items: int, e
     assert continued_bounds(former, num_items, 25) == expected
 
 
+def test_lost_embeddings_are_made_again_beside_layers_that_were_kept(spark: SparkContext, tmp_path: Path) -> None:
+    world, network, storage = World(40), PlainNetwork(2), Storage(str(tmp_path / "run"))
+    world.store(storage, 2)
+    before, _ = embed(spark, storage, network)
+    storage.delete(schemas.EMBEDDINGS.name)
+    np.testing.assert_array_equal(embed(spark, storage, network)[0], before)
+
+
 def another_model(world: World, storage: Storage) -> None:
     world.store(storage, 2, model=b"another")
 
