@@ -229,7 +229,8 @@ def _spark() -> Measured:
 
 def _measure_spark() -> Measured:
     from pipeline.contracts.config import SparkResources
-    from pipeline.spark import run_tasks, session
+    from pipeline.session import session
+    from pipeline.spark import run_tasks
 
     started = time.perf_counter()
     spark = session(SparkResources(master="local[1]", driver_memory="1g"), "calibrate")

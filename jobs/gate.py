@@ -27,7 +27,7 @@ from pipeline.nightly.night import checked_date
 from pipeline.nightly.summary import NIGHTS
 from pipeline.releases.catalogue import Catalogue
 from pipeline.releases.records import RUNS
-from pipeline.spark import launch
+from pipeline.session import launch
 
 if TYPE_CHECKING:
     from pipeline.gate.stage import Force

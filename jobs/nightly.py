@@ -35,7 +35,7 @@ from pipeline.nightly.night import Night
 from pipeline.releases.catalogue import Catalogue
 from pipeline.releases.records import RUNS
 from pipeline.releases.retention import collect
-from pipeline.spark import launch
+from pipeline.session import launch
 
 if TYPE_CHECKING:
     from pipeline.gate.stage import Force

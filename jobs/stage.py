@@ -31,7 +31,8 @@ from pipeline.contracts.datasets import RECEIPTS, Lineage, begin, code_version, 
 from pipeline.contracts.errors import PipelineError, ResourceError
 from pipeline.contracts.schemas import RESOLVED, Stage
 from pipeline.contracts.storage import Storage
-from pipeline.spark import RUN, check_port, is_running, launch, say, session, stop
+from pipeline.session import check_port, is_running, launch, session, stop
+from pipeline.spark import RUN, say
 
 console = Console(stderr=True, highlight=False)
 

@@ -10,7 +10,7 @@ from pyspark import SparkContext
 
 from pipeline.contracts.config import SparkResources
 from pipeline.contracts.storage import Storage
-from pipeline.spark import session
+from pipeline.session import session
 
 LONGEST = ("test_cluster", "test_end_to_end")
 

@@ -31,7 +31,7 @@ KERNELS = {
     "graph_kernel": {"graph"},
     "inference": {"newcomers"},
     "input_files": {"guess", "sources"},
-    "jvm": {"spark"},
+    "jvm": {"session"},
     "keys": {"ingest", "newcomers"},
     "mixing": {
         "differences",

@@ -141,7 +141,7 @@ def settings_of(folder: Path, memory: int | None) -> Settings:
 def build_ours(folder: Path, memory: int | None) -> None:
     """The stage as a job runs it, Spark's start included."""
     from pipeline import index
-    from pipeline.spark import session
+    from pipeline.session import session
 
     settings = settings_of(folder, memory)
     storage = Storage(settings.resources.run)

@@ -15,7 +15,7 @@ from pipeline import jvm
 SESSION = """
 import sys
 from pipeline.contracts.config import SparkResources
-from pipeline.spark import session
+from pipeline.session import session
 options = {"spark.driver.extraJavaOptions": f"{sys.argv[1]} -XX:TieredStopAtLevel=1"}
 spark = session(SparkResources(master="local[1]", conf=options), "test")
 assert spark.parallelize([1, 2], 1).count() == 2

@@ -1,4 +1,4 @@
-"""A session of this machine: what a task costs beside its work."""
+"""Tasks and the workers that do them: what a task costs beside its work."""
 
 from __future__ import annotations
 
@@ -6,20 +6,14 @@ import gc
 import os
 import platform
 import resource
-import stat
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pyspark import SparkContext
 
-from pipeline import spark as spark_module
 from pipeline.spark import run_tasks
 from pipeline.worker_daemon import is_copy
-from tests.runs import ROOT
 
 
 def test_what_a_worker_imported_is_not_looked_through_after_every_task(spark: SparkContext) -> None:
@@ -61,49 +55,6 @@ def test_workers_are_forked_from_a_process_with_no_thread_that_a_fork_would_miss
 )
 def test_only_the_zip_of_the_installed_pyspark_is_passed_over(entry: str, expected: bool) -> None:
     assert is_copy(entry, ["/job", entry, "/env/lib/site-packages"]) is expected
-
-
-def test_workers_of_this_machine_are_spoken_to_where_nobody_else_can(spark: SparkContext) -> None:
-    conf = spark.getConf()
-    assert conf.get("spark.python.unix.domain.socket.enabled") == "true"
-    folder = Path(str(conf.get("spark.python.unix.domain.socket.dir")))
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert any(folder.iterdir())
-
-
-def test_where_a_folders_name_is_too_long_for_a_socket_tcp_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    long = tmp_path / ("x" * 60)
-    long.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(long))
-    assert spark_module._unix_sockets.__wrapped__() == {}
-    assert not any(long.iterdir())
-
-
-TWICE = """
-import sys, time
-from pyspark import SparkContext
-from pipeline.contracts.config import SparkResources
-from pipeline.spark import is_running, launch, run_tasks, session, stop
-resources = SparkResources(master="local[1]", driver_memory="1g")
-launch(resources)
-deadline = time.monotonic() + 60
-while SparkContext._gateway is None and time.monotonic() < deadline:
-    time.sleep(0.05)
-launched = SparkContext._gateway
-for _ in range(2):
-    spark = session(resources, "test")
-    print(is_running(), SparkContext._gateway is launched, run_tasks(spark, [{}], lambda task: {"answer": 42}, "test"))
-    stop(spark)
-    print(is_running())
-"""
-
-
-def test_a_session_takes_the_launched_jvm_and_may_follow_one_that_still_stops() -> None:
-    done = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout.splitlines() == ["True True [{'answer': 42}]", "False"] * 2
-    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only the GNU C library is told to keep memory")

@@ -1,0 +1,164 @@
+"""The session with Spark: started early, light, and found again; what its processes are told.
+
+A session starts in 7 seconds and 8 core-seconds, a small inference and the imports included: a context without SQL, in
+a JVM that starts beside the caller's imports, workers forked from a process that has imported what all of them need,
+spoken to over Unix sockets.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import threading
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+
+from py4j.protocol import Py4JError
+from pyspark import SparkConf, SparkContext
+from pyspark.errors import PySparkException
+
+from pipeline.contracts.config import SparkResources
+from pipeline.contracts.errors import ResourceError
+from pipeline.contracts.safety import SECRET_NAMES
+from pipeline.jvm import LIGHT, archive_options
+
+_LOCATORS = "UserProvidedCacheLocator,InTreeCacheLocator,UserWideCacheLocator,IPythonCacheLocator,ZipCacheLocator"
+"""Where numba looks for compiled kernels of its own accord."""
+_LONGEST_FOLDER = 61
+"""Letters of a folder that Spark takes for its sockets: a socket's path has 104 at most."""
+_QUIET = Path(__file__).with_name("log4j2.properties")
+
+
+def launch(resources: SparkResources) -> None:
+    """Let Spark's JVM start, and return at once: what the caller imports and reads meanwhile takes no time then.
+
+    session waits for it; if it did not start, session tries again, and says why.
+    """
+    if _is_submitted() or SparkContext._gateway is not None:
+        return
+    settings = _settings(resources)
+
+    def start() -> None:
+        with suppress(Exception):
+            SparkContext._ensure_initialized(conf=settings)
+
+    threading.Thread(target=start, name="spark", daemon=True).start()
+
+
+def session(resources: SparkResources, name: str) -> SparkContext:
+    """Start Spark, or find it. Settings given to spark-submit win over ours.
+
+    A context is enough: tasks need no SQL, whose session takes Spark a second more to start. Raises ResourceError if
+    the driver's port is taken, or if Java or the master cannot be reached.
+    """
+    if resources.driver_port:
+        check_port(resources.driver_port, "resources.spark.driver_port")
+    if _stopping:
+        _stopping.pop().join()
+    try:
+        spark = SparkContext.getOrCreate(_settings(resources).setAppName(name))
+    except (PySparkException, Py4JError, RuntimeError, OSError) as error:
+        java = getattr(error, "java_exception", None)
+        reason = (str(error) if java is None else str(java.getMessage())).splitlines()[0].rstrip(".")
+        raise ResourceError(
+            f"Spark did not start on {resources.master or 'the submitted master'}: {reason}; Java 17 or newer must be "
+            "installed (`java -version`), and resources.spark.master must be right and answer"
+        ) from error
+    spark.setLogLevel("ERROR")
+    return spark
+
+
+_stopping: list[threading.Thread] = []
+"""What still stops the last session."""
+
+
+def stop(spark: SparkContext) -> None:
+    """Stop Spark. For a thread of its own, which sleeps up to a second, pyspark waits by itself."""
+    thread = threading.Thread(target=spark.stop, daemon=True)
+    thread.start()
+    _stopping.append(thread)
+    while thread.is_alive() and spark._jsc is not None:
+        thread.join(0.01)
+
+
+def _is_submitted() -> bool:
+    return bool(os.environ.get("SPARK_ENV_LOADED") or os.environ.get("PYSPARK_GATEWAY_PORT"))
+
+
+def _settings(resources: SparkResources) -> SparkConf:
+    """What Spark is started with, and, in the environment, what its processes inherit."""
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # tasks side by side: spinning threads cost up to 8 times
+    submitted = _is_submitted()
+    wanted = {
+        "spark.driver.memory": resources.driver_memory,
+        "spark.default.parallelism": str(resources.shuffle_partitions),
+        "spark.redaction.regex": f"(?i){SECRET_NAMES}",
+        "spark.ui.enabled": "false",
+        "spark.ui.showConsoleProgress": "false",
+        "spark.python.worker.reuse": "true",
+        "spark.executorEnv.OMP_WAIT_POLICY": "PASSIVE",
+        "spark.executorEnv.NUMBA_CACHE_LOCATOR_CLASSES": f"pipeline.kernel_cache.ByContent,{_LOCATORS}",
+        "spark.driver.extraJavaOptions": LIGHT,
+        "spark.executor.extraJavaOptions": LIGHT,
+        **({"spark.driver.port": str(resources.driver_port)} if resources.driver_port else {}),
+    }
+    if resources.master and not submitted:
+        wanted["spark.master"] = resources.master
+        if resources.master.startswith("local"):
+            wanted |= {"spark.driver.bindAddress": "127.0.0.1", "spark.driver.host": "127.0.0.1", **_unix_sockets()}
+            wanted["spark.python.daemon.module"] = "pipeline.worker_daemon"
+    wanted |= resources.conf
+    if not submitted:
+        options = wanted.get("spark.driver.extraJavaOptions", "")
+        if _QUIET.exists() and "log4j" not in options:
+            options = f"{options} -Dlog4j2.configurationFile={_QUIET.as_uri()}".strip()
+        if "Archive" not in options and "-Xshare" not in options:
+            options = f"{options} {archive_options(wanted.get('spark.driver.extraClassPath', ''))}".strip()
+        wanted["spark.driver.extraJavaOptions"] = options
+    given = _submitted_settings() if submitted else {}
+    return SparkConf().setAll([pair for pair in wanted.items() if pair[0] not in given])
+
+
+@lru_cache(maxsize=1)
+def _unix_sockets() -> dict[str, str]:
+    """Settings for sockets of this machine between Spark and its Python workers, in a folder closed to other users.
+
+    Over TCP every task waited 40 ms for an acknowledgement that the system delays. Not on clusters: a container's
+    temporary folder may have too long a name for a socket in it.
+    """
+    prefix = "pinsage-spark-"
+    if not hasattr(socket, "AF_UNIX") or len(f"{tempfile.gettempdir()}/{prefix}") > _LONGEST_FOLDER - 8:
+        return {}
+    folder = tempfile.mkdtemp(prefix=prefix)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return {"spark.python.unix.domain.socket.enabled": "true", "spark.python.unix.domain.socket.dir": folder}
+
+
+def _submitted_settings() -> dict[str, str]:
+    """What spark-submit was given, with the cluster's own defaults."""
+    SparkContext._ensure_initialized()
+    return dict(SparkConf().getAll())
+
+
+def is_running() -> bool:
+    """Whether this process has a session."""
+    found = SparkContext._active_spark_context
+    return found is not None and found._jsc is not None
+
+
+def check_port(port: int, setting: str) -> None:
+    """Raise ResourceError if this machine's port is taken; setting is named in the message."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise ResourceError(
+                f"{setting}: port {port} cannot be opened ({error.strerror}); choose another, or 0 for any free one"
+            ) from None
