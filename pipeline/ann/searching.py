@@ -13,6 +13,7 @@ from pipeline.ann.parts import inverted_lists, split
 
 Search = dict[str, int]
 """FAISS's own names: nprobe of inverted lists, k_factor of re-ranking, efSearch of a graph."""
+_FEWEST = 32
 K_FACTORS = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -39,7 +40,11 @@ def parameters(index: faiss.Index, search: Search, selector: Any = None) -> fais
     chosen = {} if selector is None else {"sel": selector}
     lists = inverted_lists(index)
     if lists is not None:
-        inner = faiss.SearchParametersIVF(nprobe=search.get("nprobe", 1), **chosen)
+        nprobe = search.get("nprobe", 1)
+        found_by = list_parameters(lists, nprobe)
+        if found_by is not None:
+            chosen["quantizer_params"] = found_by
+        inner = faiss.SearchParametersIVF(nprobe=nprobe, **chosen)
         if isinstance(base, faiss.IndexPreTransform):
             inner = faiss.SearchParametersPreTransform(index_params=inner)
     elif isinstance(base, faiss.IndexHNSW):
@@ -53,6 +58,17 @@ def parameters(index: faiss.Index, search: Search, selector: Any = None) -> fais
     return faiss.IndexRefineSearchParameters(k_factor=float(search.get("k_factor", 1)), base_index_params=inner)
 
 
+def list_parameters(lists: faiss.IndexIVF, nprobe: int) -> faiss.SearchParameters | None:
+    """How a graph over the centroids looks for the nearest lists; None where all centroids are compared.
+
+    By FAISS's own width of 16 a graph over 16 384 centroids found 38 % of the nearest 512 lists, and 81 % of 64: recall
+    ended at 0.92 whatever nprobe. By twice as many as are wanted it finds 99.9 %.
+    """
+    if not isinstance(faiss.downcast_index(lists.quantizer), faiss.IndexHNSW):
+        return None
+    return faiss.SearchParametersHNSW(efSearch=max(_FEWEST, 2 * nprobe))
+
+
 def compared(
     index: faiss.Index, queries: NDArray[np.float32], search: Search, sizes: NDArray[np.int64] | None
 ) -> float:
@@ -64,5 +80,6 @@ def compared(
     if isinstance(base, faiss.IndexPreTransform):
         for place in range(base.chain.size()):
             queries = faiss.downcast_VectorTransform(base.chain.at(place)).apply(queries)
-    probed = lists.quantizer.search(queries, search["nprobe"])[1]
+    nprobe = search["nprobe"]
+    probed = lists.quantizer.search(queries, nprobe, params=list_parameters(lists, nprobe))[1]
     return float(np.where(probed >= 0, sizes[probed], 0).sum(axis=1).mean())
