@@ -251,21 +251,31 @@ def take_over(storage: Storage, earlier: Storage, dataset: Dataset, lineage: Lin
 def withdraw_broken(storage: Storage) -> list[str]:
     """Forget every dataset of a run, finished or of a step, of which a file is gone or changed; their names.
 
-    Reads every byte that a manifest speaks of, a file at a time: for when a stage has failed and nobody knows why.
+    Also what the steps of the stages that made these have kept: one that is over would not be run again. Reads every
+    byte that a manifest speaks of, a file at a time: for when a stage has failed and nobody knows why.
     """
-    found = []
+    found: list[str] = []
+    stages: set[str | None] = set()
+    steps: dict[str, str] = {}
     for path in sorted(storage.files("")):
         name, _, file = path.rpartition("/")
         if file != MANIFEST:
             continue
+        manifest: Manifest | None = None
         try:
             manifest = find_manifest(storage, name)
             for shard in () if manifest is None else manifest.shards:
                 read_stored(storage, name, shard)
         except DataError:
-            storage.delete(path)
-            storage.delete(f"{name}/{RECEIPTS}")
             found.append(name)
+            stages.add(None if manifest is None else manifest.lineage.fingerprint)
+        else:
+            if manifest is not None and "/" in name:
+                steps[name] = manifest.lineage.fingerprint
+    kept = [name for name, stage in steps.items() if stage in stages or None in stages]
+    for name in (*found, *kept):
+        storage.delete(f"{name}/{MANIFEST}")
+        storage.delete(f"{name}/{RECEIPTS}")
     return found
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from pyspark import SparkContext
 
-from pipeline.contracts.datasets import Lineage, open_manifest, read_shard
+from pipeline.contracts.datasets import Lineage, commit, open_manifest, read_shard, withdraw_broken
 from pipeline.contracts.errors import DataError
 from pipeline.contracts.storage import Storage
 from pipeline.exchange import gather
@@ -59,3 +59,15 @@ def test_another_lineage_runs_all_of_it(spark: SparkContext, storage: Storage) -
     run(spark, storage)
     run(spark, storage, Lineage("ingest", {"other": 1}, {}))
     assert len(storage.names("marks")) == 6
+
+
+def test_a_step_that_is_over_is_run_again_for_what_was_damaged_since(spark: SparkContext, storage: Storage) -> None:
+    """A stage killed at its very end leaves its steps' reports, by which it would take the damaged output as made."""
+    run(spark, storage)
+    other = commit(storage, "graph/other", [], Lineage("graph", {}, {}), {"reports": []})
+    shard = "ingest/rows/part-00001.parquet"
+    storage.write_bytes(shard, storage.read_bytes(shard)[:-1] + b"?")
+    assert withdraw_broken(storage) == ["ingest/rows"]
+    assert open_manifest(storage, "graph/other") == other
+    assert run(spark, storage) == [{"ten": 0}, {"ten": 10}, {"ten": 20}]
+    assert open_manifest(storage, "ingest/rows").num_rows == 6
