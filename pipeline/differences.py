@@ -109,7 +109,7 @@ class Noting:
         if self._earlier is not None and table.num_rows:
             start = table.column("id")[0].as_py()
             changed = differing(digests, self._earlier, start)
-            found |= {"first": start, "changed": len(changed)}
+            found["first"] = start
             if len(changed) <= MOST * table.num_rows:
                 rows = write_shard(self._storage, _rows(self._dataset), number, table.take(changed), self._lineage)
                 found["rows"] = asdict(rows)

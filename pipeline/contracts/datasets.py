@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -394,15 +394,19 @@ def read_rows(
     storage: Storage, manifest: Manifest, start: int, stop: int, columns: Sequence[str] | None = None
 ) -> pa.Table:
     """Rows [start, stop) in the dataset's order, from the shards that hold them."""
-    pieces: list[pa.Table] = []
-    first = 0
+    parts = overlapping(manifest, start, stop)
+    return pa.concat_tables(read_shard(storage, manifest, n, columns).slice(a, b - a) for n, a, b in parts)
+
+
+def overlapping(manifest: Manifest, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """The shards that hold rows [start, stop), and which of their own rows; no row of the last, if none does."""
+    first, found = 0, False
     for number, shard in enumerate(manifest.shards):
         low, high = max(start, first), min(stop, first + shard.rows)
-        if low < high or (not pieces and number == len(manifest.shards) - 1):
-            table = read_shard(storage, manifest, number, columns)
-            pieces.append(table.slice(max(0, low - first), max(0, high - low)))
+        if low < high or (not found and number == len(manifest.shards) - 1):
+            found = True
+            yield number, max(0, low - first), max(0, low - first, high - first)
         first += shard.rows
-    return pa.concat_tables(pieces)
 
 
 def read_table(storage: Storage, manifest: Manifest, columns: Sequence[str] | None = None) -> pa.Table:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.contracts.datasets import Lineage, Manifest, Shard, leave_receipt, read_file
+from pipeline.contracts.datasets import Lineage, Manifest, Shard, leave_receipt, overlapping, read_file
 from pipeline.contracts.errors import StorageError
 from pipeline.contracts.storage import Storage
 
@@ -70,13 +70,8 @@ def read_own_rows(storage: Storage, manifest: Manifest, number: int) -> NDArray[
 
 def read_range(storage: Storage, manifest: Manifest, start: int, stop: int) -> NDArray[Any]:
     """Rows [start, stop), of the shards that hold them, checked as read_own_rows does; none, if stop is not larger."""
-    pieces, first = [np.zeros((0, manifest.metadata["width"]), manifest.metadata["dtype"])], 0
-    for number, shard in enumerate(manifest.shards):
-        low, high = max(start, first), min(stop, first + shard.rows)
-        if low < high:
-            pieces.append(read_own_rows(storage, manifest, number)[low - first : high - first])
-        first += shard.rows
-    return np.concatenate(pieces)
+    parts = overlapping(manifest, start, stop)
+    return np.concatenate([read_own_rows(storage, manifest, number)[low:high] for number, low, high in parts])
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.contracts.datasets import Manifest, arrow_to_vectors, read_stored
+from pipeline.contracts.datasets import Manifest, arrow_to_vectors, overlapping, read_stored
 from pipeline.contracts.storage import Storage
 
 _DATA_PAGE, _PLAIN = 0, 0
@@ -63,14 +63,10 @@ class Vectors:
 
 def read_vectors(storage: Storage, manifest: Manifest, start: int, stop: int, column: str) -> NDArray[Any]:
     """The vectors [n, width] of rows [start, stop), as `read_rows` would give them."""
-    pieces: list[NDArray[Any]] = []
-    first = 0
-    for number, shard in enumerate(manifest.shards):
-        low, high = max(start, first), min(stop, first + shard.rows)
-        if low < high or (not pieces and number == len(manifest.shards) - 1):
-            vectors = vectors_in(read_stored(storage, manifest.dataset, shard), column)
-            pieces.append(vectors[max(0, low - first) : max(0, high - first)])
-        first += shard.rows
+    pieces = [
+        vectors_in(read_stored(storage, manifest.dataset, manifest.shards[number]), column)[low:high]
+        for number, low, high in overlapping(manifest, start, stop)
+    ]
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
