@@ -39,8 +39,8 @@ REFERENCE_BYTES = 1 << 26
 """Rates of random reads hold for this much memory; a doubling adds what `_doubling` rates say."""
 MAX_INDEX_PARTS = 256
 """An index is added to by at most so many tasks."""
-_LINK_COMPARED, _FIND_COMPARED = 2000, 400
-"""Centroids that a graph of them is compared with while one is linked into it, and while a vector's list is found."""
+_CODE, _FIND_COMPARED = 1 / 64, 150
+"""While a vector's list is found among many: what a centroid's code costs of comparing it whole, and how many are."""
 SIGMA = 0.93
 """Of the lognormal degrees: the median is exp(-SIGMA ** 2 / 2) = 0.65 of the mean."""
 HUB_REFERENCES = 2.5
@@ -900,7 +900,7 @@ class _Planner:
 
     def _index(self) -> Stage:
         """Trained by the driver; added to by tasks, each a part of all shards; merged by the driver."""
-        from pipeline.ann.choice import HNSW_LISTS, check_given, choose, count_lists
+        from pipeline.ann.choice import MANY_LISTS, check_given, choose, count_lists
         from pipeline.ann.training import SAMPLE_SHARDS, sample_size
 
         task, rates, items = self.task, self.rates, self.scale.items
@@ -915,18 +915,17 @@ class _Planner:
         sampled = min(shards, SAMPLE_SHARDS)
         stored, queries = self.stored["embeddings"], 2 * given.num_queries
         groups = round(lists**0.5)
-        compared = sample * lists if lists < HNSW_LISTS else sample * lists / groups + 256 * groups**2
+        compared = sample * lists if lists < MANY_LISTS else sample * lists / groups + 256 * groups**2
         training = 10 * 2 * width * compared / (rates.gemm_gflops * 1e9 * task.threads)
-        linking = 1e-9 * lists * _LINK_COMPARED * width * rates.pool_value_ns if lists >= HNSW_LISTS else 0.0
         finding = 2e-9 * width * lists / rates.gemm_gflops
-        if lists >= HNSW_LISTS:
-            finding = 1e-9 * _FIND_COMPARED * width * rates.pool_value_ns
+        if lists >= MANY_LISTS:
+            finding = 1e-9 * (_FIND_COMPARED + _CODE * lists) * width * rates.pool_value_ns
         each = finding + 2e-9 * width * queries / rates.gemm_gflops + 1e-9 * width * rates.load_value_ns
         in_memory = choice.bytes <= task.merge_memory
         steps = [
             Step("sample", sampled, 1e-9 * items * sampled / shards * width * rates.load_value_ns,
                  read_bytes=stored * sampled / shards, write_bytes=4.0 * sample * width),
-            Step("train", 1, 0.0, serial_seconds=training + linking + 1e-9 * sample * width * rates.copy_value_ns),
+            Step("train", 1, 0.0, serial_seconds=training + 1e-9 * sample * width * rates.copy_value_ns),
             Step("add, search exactly", parts, items * each, read_bytes=stored, write_bytes=choice.bytes,
                  task_bytes=2.2 * choice.bytes / parts + 4.0 * width * items / shards, scratch_bytes=choice.bytes),
             Step("merge", 1, 0.0, serial_seconds=2e-6 * choice.bytes / rates.disk_write_mbs),

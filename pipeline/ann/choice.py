@@ -20,8 +20,8 @@ POINTS_PER_CENTROID = 39
 """FAISS's own lower limit, below which k-means centroids are noise."""
 TRAIN_POINTS = 50
 """Vectors per list that training takes where it can have them."""
-HNSW_LISTS = 8192
-"""From so many lists on, a graph finds a vector's list faster than comparing all centroids."""
+MANY_LISTS = 8192
+"""From so many lists on a vector's list is found by codes of the centroids, of which the nearest are compared whole."""
 _ID_BYTES, _LINK_BYTES = 8, 4
 
 
@@ -46,13 +46,13 @@ PROFILES = (
     Profile("exact", 0, 20_000, "Flat", 1.0, "compares all: under a millisecond per query and core"),
     Profile("plain", 20_001, 200_000, "IVF{lists},Flat", 1.0, "lists of whole vectors"),
     Profile(
-        "fast", 200_001, 2**32, "IVF{lists},PQ{half}x4fs,Refine(SQfp16)", 0.999,
+        "fast", 200_001, 2**32, "IVF{lists},PQ{half}x4fsr,Refine(SQfp16)", 0.999,
         "4-bit codes compared in registers, the best re-ranked by half-precision vectors", True,
     ),
     Profile("plain", 200_001, 2**32, "IVF{lists},Flat", 1.0, "where memory is plenty and the width is odd", True),
-    Profile("compact", 20_001, 2**32, "IVF{lists}_HNSW32,SQ8", 0.98, "a byte per dimension"),
-    Profile("small", 20_001, 2**32, "IVF{lists}_HNSW32,SQ6", 0.94, "six bits per dimension"),
-    Profile("smallest", 20_001, 2**32, "IVF{lists}_HNSW32,SQ4", 0.8, "four bits per dimension"),
+    Profile("compact", 20_001, 2**32, "IVF{lists},SQ8", 0.98, "a byte per dimension"),
+    Profile("small", 20_001, 2**32, "IVF{lists},SQ6", 0.94, "six bits per dimension"),
+    Profile("smallest", 20_001, 2**32, "IVF{lists},SQ4", 0.8, "four bits per dimension"),
     Profile("plain", 200_001, 2**32, "IVF{lists},Flat", 1.0, "where codes cannot reach the recall"),
 )  # fmt: skip
 
@@ -129,21 +129,24 @@ def check_given(factory: str, num_vectors: int, width: int, memory: int | None) 
 def estimate_bytes(factory: str, num_vectors: int, width: int) -> int:
     """Bytes of an index of so many vectors, from what FAISS says of an empty one."""
     index = make(factory, width)  # owns what is looked at below
-    inner, total = index, 0
+    return _bytes_of(index, num_vectors)
+
+
+def _bytes_of(index: faiss.Index, count: int) -> int:
+    """Of an empty index, or one in it, were so many vectors added."""
+    index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexRefine):
-        total += num_vectors * faiss.downcast_index(index.refine_index).code_size
-        inner = faiss.downcast_index(index.base_index)
-    lists = faiss.try_extract_index_ivf(inner)
-    if lists is not None:
-        centroid = 4 * lists.d + (2 * 32 * _LINK_BYTES if _is_graph(faiss.downcast_index(lists.quantizer)) else 0)
-        return int(total + num_vectors * (lists.code_size + _ID_BYTES) + lists.nlist * centroid)
-    if isinstance(inner, faiss.IndexPreTransform):
-        inner = faiss.downcast_index(inner.index)
-    if isinstance(inner, faiss.IndexFlatCodes):
-        return int(total + num_vectors * inner.code_size)
-    links = 2 * inner.hnsw.nb_neighbors(1) * _LINK_BYTES if _is_graph(inner) else _ID_BYTES
-    storage = faiss.downcast_index(inner.storage) if _is_graph(inner) else None
-    return int(total + num_vectors * (links + (4 * inner.d if storage is None else storage.code_size)))
+        return _bytes_of(index.base_index, count) + _bytes_of(index.refine_index, count)
+    if isinstance(index, faiss.IndexPreTransform):
+        return _bytes_of(index.index, count)
+    if isinstance(index, faiss.IndexIVF):
+        return count * (int(index.code_size) + _ID_BYTES) + _bytes_of(index.quantizer, int(index.nlist))
+    if isinstance(index, faiss.IndexHNSW):
+        links = 2 * index.hnsw.nb_neighbors(1) * _LINK_BYTES
+        return int(count * links) + _bytes_of(index.storage, count)
+    if isinstance(index, (faiss.IndexFlatCodes, faiss.IndexFastScan)):
+        return count * int(index.code_size)
+    return int(count * (_ID_BYTES + 4 * int(index.d)))
 
 
 def make(factory: str, width: int) -> faiss.Index:
@@ -161,11 +164,16 @@ def reason(error: Exception) -> str:
     return str(error).strip().splitlines()[-1].rpartition("Error: ")[2].strip()
 
 
+def coarse(width: int) -> str:
+    """The kind of index that finds the nearest of many centroids, one or some: all codes, then the nearest whole.
+
+    4-bit codes go by pairs of dimensions; an odd width has none, and gets a graph.
+    """
+    return f"PQ{width // 2}x4fs,RFlat" if width % 2 == 0 else "HNSW32"
+
+
 def _fill(pattern: str, nlist: int, width: int) -> str:
-    if nlist >= HNSW_LISTS and "_HNSW" not in pattern:
-        pattern = pattern.replace("{lists}", "{lists}_HNSW32")
+    if nlist >= MANY_LISTS:
+        found_by = coarse(width)
+        pattern = pattern.replace("{lists}", "{lists}_HNSW32" if found_by == "HNSW32" else f"{{lists}}({found_by})")
     return pattern.format(lists=nlist, half=width // 2)
-
-
-def _is_graph(index: faiss.Index) -> bool:
-    return isinstance(index, faiss.IndexHNSW)

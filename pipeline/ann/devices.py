@@ -27,10 +27,10 @@ def uses_gpu(device: str) -> bool:
     return device != "cpu" and found > 0
 
 
-def kmeans(points: Floats, number: int, seed: int, spherical: bool, gpu: bool, iterations: int = 10) -> Floats:
-    """Centroids [number, d] of points [n, d], n at least number; the same for the same threads."""
+def kmeans(points: Floats, number: int, seed: int, gpu: bool = False, iterations: int = 10) -> Floats:
+    """Centroids [number, d], of length 1, of points [n, d] by inner products; the same for the same threads."""
     trained: Any = faiss.Kmeans(
-        points.shape[1], number, niter=iterations, seed=seed, spherical=spherical, gpu=gpu,
+        points.shape[1], number, niter=iterations, seed=seed, spherical=True, gpu=gpu,
         min_points_per_centroid=1, max_points_per_centroid=10**9,
     )  # fmt: skip
     trained.train(points)

@@ -12,9 +12,10 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.ann.choice import POINTS_PER_CENTROID, TRAIN_POINTS, make, reason
+from pipeline.ann.choice import POINTS_PER_CENTROID, TRAIN_POINTS, coarse, make, reason
 from pipeline.ann.devices import Floats, ListFinder, kmeans
 from pipeline.ann.parts import inverted_lists, omp_threads, outer_lists
+from pipeline.ann.searching import FOR_ONE_BY_CODES
 from pipeline.contracts.errors import SettingsError
 from pipeline.contracts.sharding import shuffled
 
@@ -22,7 +23,6 @@ TWO_LEVELS = 8192
 """From so many lists on, k-means goes in two levels."""
 POLISHING = 3
 """Rounds over all centroids that follow."""
-_LINKS = 16
 SAMPLE_SHARDS = 256
 """The sample comes from at most so many shards, evenly spread: the others need not be read for it."""
 CODE_ROWS = 65_536
@@ -140,50 +140,53 @@ def still_holds(now: dict[str, float], then: dict[str, float]) -> str | None:
 
 
 def _train_lists(lists: faiss.IndexIVF, sample: Floats, seed: int, gpu: bool) -> None:
-    """Centroids into the coarse quantizer; a graph is built by one thread, as its links depend on the order."""
-    spherical = bool(lists.cp.spherical)
+    """Centroids into the coarse quantizer."""
     if lists.nlist >= TWO_LEVELS and not gpu:
-        centroids = two_levels(sample, lists.nlist, seed, spherical)
+        centroids = two_levels(sample, lists.nlist, seed)
         for _ in range(POLISHING):
-            centroids = polished(centroids, sample, spherical)
+            centroids = polished(centroids, sample)
     else:
-        centroids = kmeans(sample, lists.nlist, seed, spherical, gpu)
-    graph = isinstance(faiss.downcast_index(lists.quantizer), faiss.IndexHNSW)
-    with omp_threads(1 if graph else faiss.omp_get_max_threads()):
-        lists.quantizer.train(centroids)
-        lists.quantizer.add(centroids)
+        centroids = kmeans(sample, lists.nlist, seed, gpu)
+    _hold(lists.quantizer, centroids)
 
 
-def two_levels(sample: Floats, number: int, seed: int, spherical: bool) -> Floats:
+def _hold(owner: faiss.Index, centroids: Floats) -> None:
+    """Put centroids into an empty quantizer; a graph is built by one thread, as its links depend on the order."""
+    quantizer = faiss.downcast_index(owner)
+    if isinstance(quantizer, faiss.IndexRefine):
+        quantizer.k_factor = FOR_ONE_BY_CODES
+    with omp_threads(1 if isinstance(quantizer, faiss.IndexHNSW) else faiss.omp_get_max_threads()):
+        quantizer.train(centroids)
+        quantizer.add(centroids)
+
+
+def two_levels(sample: Floats, number: int, seed: int) -> Floats:
     """Centroids [number, d]: groups first, then within each group as many as its share, at most one per vector."""
     num_groups = round(number**0.5)
-    groups = kmeans(sample[_spread(len(sample), 256 * num_groups)], num_groups, seed, spherical, False)
-    compare = faiss.IndexFlatIP(sample.shape[1]) if spherical else faiss.IndexFlatL2(sample.shape[1])
+    groups = kmeans(sample[_spread(len(sample), 256 * num_groups)], num_groups, seed)
+    compare = faiss.IndexFlatIP(sample.shape[1])
     compare.add(groups)
     owner = compare.search(sample, 1)[1][:, 0]
     sizes = np.bincount(owner, minlength=num_groups)
     shares = _shares(sizes, number)
     order, ends = np.argsort(owner, kind="stable"), np.cumsum(sizes)
     found = [
-        kmeans(sample[order[end - size : end]], int(share), seed, spherical, False)
+        kmeans(sample[order[end - size : end]], int(share), seed)
         for end, size, share in zip(ends, sizes, shares, strict=True)
         if share
     ]
     return np.concatenate(found)
 
 
-def polished(centroids: Floats, sample: Floats, spherical: bool) -> Floats:
-    """One round of k-means over all centroids [number, d]: each is moved to the mean of the vectors nearest to it.
+def polished(centroids: Floats, sample: Floats) -> Floats:
+    """One round of k-means over all centroids [number, d]: each is moved to the mean, made a
+    unit vector, of the vectors nearest to it.
 
-    Levels keep a vector from centroids of other groups; this lets it go. Nearest as a graph finds it, built by one
-    thread, as its links depend on the order.
+    Levels keep a vector from centroids of other groups; this lets it go.
     """
-    width = sample.shape[1]
-    metric = faiss.METRIC_INNER_PRODUCT if spherical else faiss.METRIC_L2
-    graph = faiss.IndexHNSWFlat(width, _LINKS, metric)
-    with omp_threads(1):
-        graph.add(centroids)
-    owner = graph.search(sample, 1)[1][:, 0]
+    quantizer = make(coarse(sample.shape[1]), sample.shape[1])
+    _hold(quantizer, centroids)
+    owner = quantizer.search(sample, 1)[1][:, 0]
     order, sizes = np.argsort(owner, kind="stable"), np.bincount(owner, minlength=len(centroids))
     filled = np.flatnonzero(sizes)
     starts = np.concatenate([[0], np.cumsum(sizes[filled])[:-1]])
@@ -193,8 +196,7 @@ def polished(centroids: Floats, sample: Floats, spherical: bool) -> Floats:
         end = starts[some][-1] + sizes[filled[some]][-1]
         rows = sample[order[starts[some][0] : end]]
         result[filled[some]] = np.add.reduceat(rows, starts[some] - starts[some][0]) / sizes[filled[some], None]
-    if spherical:
-        faiss.normalize_L2(result)
+    faiss.normalize_L2(result)
     return result
 
 

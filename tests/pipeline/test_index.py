@@ -21,7 +21,7 @@ from pipeline.contracts.storage import Storage
 from pipeline.index import Index
 from tests.embeddings import KINDS, build, clustered, make_settings, write_embeddings
 
-FAST = "IVF64,PQ8x4fs,Refine(SQfp16)"
+FAST = "IVF64(PQ8x4fs,RFlat),PQ8x4fsr,Refine(SQfp16)"
 
 
 def recall_of(opened: Index, vectors: np.ndarray, queries: np.ndarray, k: int = 10) -> float:

@@ -21,11 +21,11 @@ ROWS = 4_000_000
         (500, None, 0.95, "Flat"),
         (20_000, None, 0.95, "Flat"),
         (50_000, None, 0.95, "IVF1024,Flat"),
-        (10**6, None, 0.95, "IVF4096,PQ64x4fs,Refine(SQfp16)"),
-        (10**6, 200, 0.95, "IVF4096_HNSW32,SQ8"),
-        (10**6, 110, 0.9, "IVF4096_HNSW32,SQ6"),
-        (10**7, None, 0.95, "IVF16384_HNSW32,PQ64x4fs,Refine(SQfp16)"),
-        (10**9, 140, 0.95, "IVF65536_HNSW32,SQ8"),
+        (10**6, None, 0.95, "IVF4096,PQ64x4fsr,Refine(SQfp16)"),
+        (10**6, 200, 0.95, "IVF4096,SQ8"),
+        (10**6, 110, 0.9, "IVF4096,SQ6"),
+        (10**7, None, 0.95, "IVF16384(PQ64x4fs,RFlat),PQ64x4fsr,Refine(SQfp16)"),
+        (10**9, 140, 0.95, "IVF65536(PQ64x4fs,RFlat),SQ8"),
     ],
 )
 def test_the_table_says_which(num_vectors: int, bytes_each: int | None, target: float, expected: str) -> None:
@@ -44,6 +44,7 @@ def test_a_budget_or_a_target_that_nothing_meets_says_what_would_be_needed() -> 
 
 def test_an_odd_width_has_no_4_bit_pairs() -> None:
     assert choose(10**6, 127, None, 0.95, ROWS, gpu=False).factory == "IVF4096,Flat"
+    assert choose(10**7, 127, None, 0.95, ROWS, gpu=False).factory == "IVF16384_HNSW32,Flat"
 
 
 @pytest.mark.parametrize("train_rows", [50, 1000, 500_000])
@@ -61,8 +62,11 @@ def test_a_day_more_of_items_keeps_the_number_of_lists() -> None:
 
 @pytest.mark.parametrize(
     "factory",
-    ["Flat", "SQ8", "IVF16,Flat", "IVF16_HNSW32,SQ8", "IVF16,PQ16x4fs,Refine(SQfp16)", "HNSW16", "PCA16,IVF16,Flat"],
-)
+    [
+        "Flat", "SQ8", "IVF16,Flat", "IVF16_HNSW32,SQ8", "IVF16,PQ16x4fsr,Refine(SQfp16)", "HNSW16", "PCA16,IVF16,Flat",
+        "IVF64(PQ16x4fs,RFlat),SQ8", "PQ16x4fs",
+    ],
+)  # fmt: skip
 def test_the_estimate_is_near_what_is_stored(factory: str) -> None:
     vectors = np.random.default_rng(1).normal(size=(8000, 32)).astype(np.float32)
     index = choice.make(factory, 32)
@@ -91,6 +95,6 @@ def test_what_the_driver_cannot_merge_in_memory_is_a_kind_that_can_lie_on_disk()
     small = choose(1_000_000, 128, None, 0.95, 4_000_000, False, 8 << 30)
     assert "Refine" in small.factory
     large = choose(100_000_000, 128, None, 0.95, 4_000_000, False, 8 << 30)
-    assert large.factory == "IVF32768_HNSW32,SQ8"
-    assert choose(100_000_000, 128, None, 0.99, 4_000_000, False, 8 << 30).factory == "IVF32768_HNSW32,Flat"
+    assert large.factory == "IVF32768(PQ64x4fs,RFlat),SQ8"
+    assert choose(100_000_000, 128, None, 0.99, 4_000_000, False, 8 << 30).factory == "IVF32768(PQ64x4fs,RFlat),Flat"
     assert "resources.index.merge_memory is 8,589,934,592" in large.reason

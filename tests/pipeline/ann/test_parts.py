@@ -13,7 +13,7 @@ from tests.embeddings import clustered, duplicates
 
 FACTORIES = (
     "Flat", "SQ8", "IVF16,Flat", "IVF16_HNSW32,SQ8", "IVF16,PQ8x4fs", "IVF16,PQ8x4fs,Refine(SQfp16)",
-    "IVF16,PQ4x4,RFlat",
+    "IVF16,PQ4x4,RFlat", "IVF16(PQ8x4fs,RFlat),PQ8x4fsr,Refine(SQfp16)", "IVF16(PQ8x4fs,RFlat),SQ8",
 )  # fmt: skip
 
 

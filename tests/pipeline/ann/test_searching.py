@@ -6,6 +6,7 @@ import faiss
 import numpy as np
 import pytest
 
+from pipeline.ann.choice import coarse
 from pipeline.ann.searching import compared, list_parameters, parameters
 
 NLIST, WIDTH = 2048, 16
@@ -29,9 +30,11 @@ def inverted(vectors: np.ndarray, quantizer: faiss.Index) -> faiss.IndexIVFFlat:
     return with_lists
 
 
-@pytest.mark.parametrize("nprobe", [16, 64, 512])
-def test_a_graph_finds_nearly_all_of_the_nearest_lists(vectors: np.ndarray, nprobe: int) -> None:
-    graph = faiss.IndexHNSWFlat(WIDTH, 32, faiss.METRIC_INNER_PRODUCT)
+@pytest.mark.parametrize("found_by", ["HNSW32", coarse(WIDTH)])
+@pytest.mark.parametrize("nprobe", [16, 64, 512, NLIST])
+def test_nearly_all_of_the_nearest_lists_are_found(vectors: np.ndarray, nprobe: int, found_by: str) -> None:
+    graph = faiss.index_factory(WIDTH, found_by, faiss.METRIC_INNER_PRODUCT)
+    graph.train(vectors)
     flat = faiss.IndexFlatIP(WIDTH)
     by_graph, by_all = inverted(vectors, graph), inverted(vectors, flat)
     queries = vectors[::100]

@@ -66,33 +66,27 @@ def test_training_twice_gives_the_same_bytes() -> None:
 
 @pytest.mark.parametrize("vectors", [clustered(4000), duplicates(4000)], ids=["clustered", "duplicates"])
 def test_two_levels_give_as_many_centroids_and_nearly_as_near(vectors: np.ndarray) -> None:
-    two = training.two_levels(vectors, 200, seed=1, spherical=True)
-    one = kmeans(vectors, 200, 1, True, False)
+    two = training.two_levels(vectors, 200, seed=1)
+    one = kmeans(vectors, 200, 1)
     assert two.shape == one.shape
     near = [float((vectors @ centroids.T).max(axis=1).mean()) for centroids in (one, two)]
     assert near[1] >= near[0] - 0.02
 
 
-@pytest.mark.parametrize("spherical", [True, False])
-def test_polishing_moves_centroids_to_the_mean_of_what_is_nearest(spherical: bool) -> None:
+def test_polishing_moves_centroids_to_the_mean_of_what_is_nearest() -> None:
     vectors = clustered(4000)
-    two = training.two_levels(vectors, 100, seed=1, spherical=spherical)
-    far = np.full((1, vectors.shape[1]), -9.0 if spherical else 99.0, np.float32)  # nearest to nobody
-    if spherical:
-        far = -vectors.mean(axis=0, keepdims=True)
-        far /= np.linalg.norm(far)
-    centroids = np.concatenate([two, far])
-    found = training.polished(centroids, vectors, spherical)
-    scores = vectors @ centroids.T if spherical else -((vectors[:, None] - centroids[None]) ** 2).sum(axis=2)
-    owner = scores.argmax(axis=1)
+    far = -vectors.mean(axis=0, keepdims=True)  # nearest to nobody
+    far /= np.linalg.norm(far)
+    centroids = np.concatenate([training.two_levels(vectors, 100, seed=1), far])
+    found = training.polished(centroids, vectors)
+    owner = (vectors @ centroids.T).argmax(axis=1)
     expected = np.stack(
         [vectors[owner == k].mean(axis=0) if (owner == k).any() else c for k, c in enumerate(centroids)]
     )
-    if spherical:
-        expected /= np.linalg.norm(expected, axis=1, keepdims=True)
-    assert (np.abs(found - expected).max(axis=1) < 1e-5).mean() > 0.97  # the graph misses few
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    assert (np.abs(found - expected).max(axis=1) < 1e-5).mean() > 0.97  # codes miss few
     np.testing.assert_allclose(found[-1], far[0], atol=1e-6)
-    np.testing.assert_array_equal(found, training.polished(centroids, vectors, spherical))
+    np.testing.assert_array_equal(found, training.polished(centroids, vectors))
 
 
 def test_shares_sum_up_and_exceed_no_size() -> None:
