@@ -22,12 +22,12 @@ from pipeline.ann.searching import Search, compared, k_factors, parameters, widt
 
 MORE = 22
 """Neighbours kept beyond the k-th: more ties than that are recognised by the index giving them the same score."""
-RERANK_COST = 60
+RERANK_COST = 90
 """Re-ranking one candidate, a read at a random place, costs as much as comparing so many codes in a row."""
 FEWEST = 30
 """Queries that an interval can be made of."""
-LIST_COST = 20
-"""Opening a list costs as much as comparing so many codes."""
+LIST_COST = 130
+"""Finding and opening a list costs as much as comparing so many codes, which take 2.2 ns each."""
 _SLACK = 1e-5
 
 
