@@ -24,7 +24,16 @@ from rich.markup import escape
 
 from jobs.gate import REFUSED, force_of, print_verdict, read_history
 from jobs.releases import site_of
-from jobs.stage import OverrideOption, SettingsOption, console, exit_codes, import_stages, run_stages, spark_session
+from jobs.stage import (
+    NETWORK,
+    OverrideOption,
+    SettingsOption,
+    console,
+    exit_codes,
+    import_stages,
+    run_stages,
+    spark_session,
+)
 from pipeline.contracts import schemas
 from pipeline.contracts.config import Settings, load_settings
 from pipeline.contracts.datasets import find_manifest, read_file, withdraw_broken
@@ -166,7 +175,8 @@ class Steps:
         launch(settings.resources.spark)
         import_stages()
         try:
-            with self.failing(tonight), spark_session(settings), budget(self.settings.resources.nightly.budget_hours):
+            limit = budget(self.settings.resources.nightly.budget_hours)
+            with self.failing(tonight), spark_session(settings, NETWORK), limit:
                 return self._mended(settings, lambda: self._stages_and_finish(tonight, settings, forced))
         except OutOfTimeError as error:
             self._tell(tonight, "out of time", [str(error)])

@@ -36,6 +36,9 @@ from pipeline.spark import RUN, say
 
 console = Console(stderr=True, highlight=False)
 
+NETWORK = ("safetensors.torch", "model.pinsage")
+"""What workers import to run the network: two seconds of each, or once before they are forked."""
+
 SettingsOption = Annotated[
     str, typer.Option("--settings", "-s", envvar="PINSAGE_SETTINGS", help="Settings file: a path or any fsspec URL.")
 ]
@@ -119,7 +122,7 @@ def run_stages(stages: Sequence[Stage], settings: Settings, force: bool = False)
                 adopt(storage, settings, lineage)
             else:
                 launch(settings.resources.spark)  # while the stage is imported
-                _runner(stage)(spark(), storage, settings, lineage)
+                _runner(stage)(spark(NETWORK if stage is schemas.INFERENCE else ()), storage, settings, lineage)
             ran.append(stage.name)
             seconds = time.monotonic() - started
             measured = json.dumps(measure(storage, stage, seconds), indent=1).encode()
@@ -222,11 +225,11 @@ def _train(settings: Settings, force: bool) -> None:
 
 
 @contextmanager
-def spark_session(settings: Settings) -> Iterator[SparkContext]:
+def spark_session(settings: Settings, imports: Sequence[str] = ()) -> Iterator[SparkContext]:
     """Spark while the block runs, for all that is run in it; a session that was there before is left running."""
     held = _LazySession(settings)
     try:
-        yield held()
+        yield held(imports)
     finally:
         held.stop()
 
@@ -239,9 +242,9 @@ class _LazySession:
         self._spark: SparkContext | None = None
         self._found = is_running()
 
-    def __call__(self) -> SparkContext:
+    def __call__(self, imports: Sequence[str] = ()) -> SparkContext:
         if self._spark is None:
-            self._spark = session(self._settings.resources.spark, self._settings.task.name)
+            self._spark = session(self._settings.resources.spark, self._settings.task.name, imports)
         return self._spark
 
     def stop(self) -> None:

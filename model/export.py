@@ -6,9 +6,10 @@ the model and what a call returns.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -91,20 +92,11 @@ class Exported:
 
     @cached_property
     def _model(self) -> PinSage:
-        import safetensors.torch
         import torch
-
-        from model.pinsage import PinSage
 
         if self._threads is not None:
             torch.set_num_threads(self._threads)
-        model = PinSage(
-            int(self._description["num_features"]),
-            config.Model(**self._description["model"]),
-            num_items=int(self._description["num_items"]),
-        )
-        model.load_state_dict(safetensors.torch.load(self._weights))
-        return model.eval().to(self._place)
+        return _built(self._weights, json.dumps(self._description, sort_keys=True), self._place)
 
     @cached_property
     def _place(self) -> torch.device:
@@ -129,6 +121,19 @@ class Exported:
                 result = torch.empty(result.shape, pin_memory=True).copy_(result)
         made: Floats = result.numpy()
         return made
+
+
+@lru_cache(maxsize=2)
+def _built(weights: bytes, description: str, place: torch.device) -> PinSage:
+    """The modules, kept by the process: every task unpickles an Exported of its own, and building takes 20 ms."""
+    import safetensors.torch
+
+    from model.pinsage import PinSage
+
+    told = json.loads(description)
+    model = PinSage(int(told["num_features"]), config.Model(**told["model"]), num_items=int(told["num_items"]))
+    model.load_state_dict(safetensors.torch.load(weights))
+    return model.eval().to(place)
 
 
 def _there(tensor: Tensor, place: torch.device) -> Tensor:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numba
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -37,7 +36,7 @@ from pipeline.contracts.errors import PipelineError
 from pipeline.contracts.rows import describe_rows, read_range, write_rows
 from pipeline.contracts.schemas import Dataset
 from pipeline.contracts.storage import Storage
-from pipeline.mixing import GOLDEN, mix, read_only
+from pipeline.digests import digest_lists, digest_rows
 from pipeline.spark import Task, run_tasks
 
 MOST = 0.5
@@ -184,48 +183,9 @@ def _rows(dataset: Dataset) -> str:
     return f"{schemas.DIFFERENCES}/{dataset.name}"
 
 
-# ------------------------------------------------------------------------------------------------ digests
-
-
 def digests_of(table: pa.Table) -> NDArray[np.uint64]:
-    """A digest of every row of FEATURES or NEIGHBOURS [n], of all its bits but its id's.
-
-    Rows with one different word have different digests; of others one pair in 2 ** 64 has the same.
-    """
+    """A digest of every row of FEATURES or NEIGHBOURS [n], of all its bits but its id's."""
     if "features" in table.column_names:
-        vectors = read_only(arrow_to_vectors(table.column("features")))
-        size = vectors.shape[1] * vectors.dtype.itemsize
-        word = next(word for word in (8, 4, 2) if size % word == 0)
-        result = np.empty(len(vectors), np.uint64)
-        _digest_rows(vectors.view(f"u{word}").reshape(len(vectors), size // word), result)
-        return result
+        return digest_rows(arrow_to_vectors(table.column("features")))
     indptr, ids = arrow_to_lists(table.column("neighbours"))
-    weights = arrow_to_lists(table.column("weights"))[1]
-    result = np.empty(table.num_rows, np.uint64)
-    _digest_lists(read_only(indptr, np.int64), read_only(ids), read_only(weights).view(np.uint32), result)
-    return result
-
-
-@numba.njit(nogil=True, cache=True, inline="always")
-def _next(digest: Any, word: Any) -> Any:
-    """A bijection of the digest for any word, and of the word for any digest."""
-    digest = (digest ^ np.uint64(word)) * GOLDEN
-    return digest ^ (digest >> np.uint64(32))
-
-
-@numba.njit(nogil=True, cache=True)
-def _digest_rows(rows: Any, result: Any) -> None:
-    for row in range(len(rows)):
-        digest = GOLDEN
-        for j in range(rows.shape[1]):
-            digest = _next(digest, rows[row, j])
-        result[row] = mix(digest)
-
-
-@numba.njit(nogil=True, cache=True)
-def _digest_lists(indptr: Any, ids: Any, weights: Any, result: Any) -> None:
-    for row in range(len(result)):
-        digest = np.uint64(indptr[row + 1] - indptr[row])
-        for k in range(indptr[row], indptr[row + 1]):
-            digest = _next(digest, np.uint64(ids[k]) << np.uint64(32) | np.uint64(weights[k]))
-        result[row] = mix(digest)
+    return digest_lists(indptr, ids, arrow_to_lists(table.column("weights"))[1])

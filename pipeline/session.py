@@ -14,6 +14,7 @@ import socket
 import sys
 import tempfile
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +27,7 @@ from pipeline.contracts.config import SparkResources
 from pipeline.contracts.errors import ResourceError
 from pipeline.contracts.safety import SECRET_NAMES
 from pipeline.jvm import LIGHT, archive_options
+from pipeline.worker_daemon import IMPORTS
 
 _LOCATORS = "UserProvidedCacheLocator,InTreeCacheLocator,UserWideCacheLocator,IPythonCacheLocator,ZipCacheLocator"
 """Where numba looks for compiled kernels of its own accord."""
@@ -50,10 +52,11 @@ def launch(resources: SparkResources) -> None:
     threading.Thread(target=start, name="spark", daemon=True).start()
 
 
-def session(resources: SparkResources, name: str) -> SparkContext:
+def session(resources: SparkResources, name: str, imports: Sequence[str] = ()) -> SparkContext:
     """Start Spark, or find it. Settings given to spark-submit win over ours.
 
-    A context is enough: tasks need no SQL, whose session takes Spark a second more to start. Raises ResourceError if
+    imports are modules that most workers will need: a local session imports them once, before it forks its workers. A
+    context is enough: tasks need no SQL, whose session takes Spark a second more to start. Raises ResourceError if
     the driver's port is taken, or if Java or the master cannot be reached.
     """
     if resources.driver_port:
@@ -61,7 +64,7 @@ def session(resources: SparkResources, name: str) -> SparkContext:
     if _stopping:
         _stopping.pop().join()
     try:
-        spark = SparkContext.getOrCreate(_settings(resources).setAppName(name))
+        spark = SparkContext.getOrCreate(_settings(resources, imports).setAppName(name))
     except (PySparkException, Py4JError, RuntimeError, OSError) as error:
         java = getattr(error, "java_exception", None)
         reason = (str(error) if java is None else str(java.getMessage())).splitlines()[0].rstrip(".")
@@ -90,7 +93,7 @@ def _is_submitted() -> bool:
     return bool(os.environ.get("SPARK_ENV_LOADED") or os.environ.get("PYSPARK_GATEWAY_PORT"))
 
 
-def _settings(resources: SparkResources) -> SparkConf:
+def _settings(resources: SparkResources, imports: Sequence[str] = ()) -> SparkConf:
     """What Spark is started with, and, in the environment, what its processes inherit."""
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # tasks side by side: spinning threads cost up to 8 times
@@ -113,6 +116,7 @@ def _settings(resources: SparkResources) -> SparkConf:
         if resources.master.startswith("local"):
             wanted |= {"spark.driver.bindAddress": "127.0.0.1", "spark.driver.host": "127.0.0.1", **_unix_sockets()}
             wanted["spark.python.daemon.module"] = "pipeline.worker_daemon"
+            wanted[f"spark.executorEnv.{IMPORTS}"] = ",".join(imports)
     wanted |= resources.conf
     if not submitted:
         options = wanted.get("spark.driver.extraJavaOptions", "")

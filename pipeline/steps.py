@@ -45,7 +45,7 @@ BlockStream = Iterator[tuple[int, pa.Table]]
 class Encoded:
     """A shard as its bytes."""
 
-    data: bytes | bytearray
+    data: bytearray | memoryview
     rows: int
 
 

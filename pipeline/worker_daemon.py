@@ -7,19 +7,22 @@ first task needs. Of what is imported here only Arrow's allocator has a thread, 
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+IMPORTS = "PINSAGE_IMPORTS"
+"""Environment variable: more modules to import, with commas between."""
 NEEDED = ("numba", "pyarrow.compute", "pyarrow.parquet", "pyspark.worker", "pipeline.spark")
 
 
 def main() -> None:
     """Import, and serve Spark until it ends."""
     sys.path[:] = [entry for entry in sys.path if not is_copy(entry, sys.path)]
-    for name in NEEDED:
+    for name in (*NEEDED, *filter(None, os.environ.get(IMPORTS, "").split(","))):
         import_module(name)
     import_module("pyarrow").array([""])  # imports pandas, if that is installed
     gc.collect()

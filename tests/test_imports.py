@@ -24,6 +24,7 @@ PACKAGES = (
 KERNELS = {
     "ann": {"index", "nightly", "plan", "releases"},
     "clusters": {"inference", "neighbourhoods"},
+    "digests": {"differences", "inference"},
     "differences": {"features", "inference", "neighbourhoods", "walks"},
     "encoders": {"features", "newcomers"},
     "event_kernel": {"ingest"},
@@ -33,7 +34,9 @@ KERNELS = {
     "input_files": {"guess", "sources"},
     "jvm": {"session"},
     "keys": {"ingest", "newcomers"},
+    "worker_daemon": {"session"},
     "mixing": {
+        "digests",
         "differences",
         "event_kernel",
         "exact_kernel",

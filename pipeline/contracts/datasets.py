@@ -13,13 +13,13 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib import metadata as packages
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -36,8 +36,7 @@ RECEIPTS = "_building"
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 _OURS = re.compile(r"part-\d+\.parquet|checkpoint\.pt")
 """Names that only stages give: an old version's shards, a finished training's checkpoint. Receipts name the rest."""
-Data: TypeAlias = bytes
-"""For Shard, where bytes is a count."""
+Data = TypeVar("Data", bound="bytes | memoryview")
 _MAX_LIST_ENTRIES = 2**31 - 1
 """Of one list column in one shard: Arrow and Parquet count them in 32 bits."""
 
@@ -350,7 +349,7 @@ def put_large_file(storage: Storage, name: str, file: str, local: str | Path, li
 def leave_receipt(storage: Storage, name: str, shard: Shard, lineage: Lineage) -> Shard:
     """Note that a shard of this lineage is finished, and by which version of the code."""
     receipt = {"fingerprint": lineage.fingerprint, "code_version": code_version(), **asdict(shard)}
-    storage.write_bytes(f"{name}/{RECEIPTS}/{shard.name}.json", json.dumps(receipt).encode())
+    storage.write_bytes(f"{name}/{RECEIPTS}/{shard.name}.json", json.dumps(receipt).encode(), lasting=False)
     return shard
 
 
@@ -416,9 +415,26 @@ def read_table(storage: Storage, manifest: Manifest, columns: Sequence[str] | No
 
 def read_stored(storage: Storage, name: str, shard: Shard) -> bytes:
     """A file of the dataset of that name, checked. Raises DataError if it is gone or was changed."""
+    with _as_written(storage, name, shard) as path:
+        return storage.read_with(path, shard.check)
+
+
+def view_stored(storage: Storage, name: str, shard: Shard, check: Callable[[memoryview], None]) -> memoryview:
+    """As read_stored, but mapped, where it lies on a local disk, and checked by check, which raises ValueError."""
+    if not storage.is_local:
+        return memoryview(read_stored(storage, name, shard))
+    with _as_written(storage, name, shard) as path:
+        data = storage.view(path)
+        check(data)
+        return data
+
+
+@contextmanager
+def _as_written(storage: Storage, name: str, shard: Shard) -> Iterator[str]:
+    """The path of a file; DataError for what reading and checking it raise."""
     path = f"{name}/{shard.name}"
     try:
-        return storage.read_with(path, shard.check)
+        yield path
     except FileNotFoundError:
         remedy = how_to_build(name, "again")
         raise DataError(f"{storage.locate(path)} is in the manifest but not there; {remedy}") from None

@@ -17,6 +17,7 @@ import tempfile
 import time
 import zlib
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +85,36 @@ def map_lists(
     return _open(folder, "indptr"), _open(folder, "values")
 
 
-def map_rows(storage: Storage, manifest: Manifest, cache: str | None, share: float = 1.0) -> Table:
+def map_rows(storage: Storage, manifest: Manifest, cache: str | None, dense: bool = True) -> Table:
     """A dataset of raw rows as one read-only table: where it lies, if that is a disk of this machine, else a copy.
 
-    share is that of the rows that will be read, as far as it is known.
+    dense: whether most of its pages will be read.
     """
-    in_place = map_in_place(storage, manifest, share)
+    in_place = map_in_place(storage, manifest, dense)
     if in_place is not None:
         return in_place
     return whole_table(manifest, _open(_replicate(storage, manifest, "rows", cache, "rows"), "values"))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What map_rows maps, for a process to keep by: equal for equal content in the same place."""
+
+    url: str
+    content: str
+    cache: str | None
+    dense: bool
+    storage: Storage = field(compare=False)
+    manifest: Manifest = field(compare=False)
+
+    @classmethod
+    def of(cls, storage: Storage, manifest: Manifest, cache: str | None, dense: bool = True) -> Rows:
+        """Of a dataset of raw rows."""
+        return cls(storage.locate(manifest.dataset), manifest.content, cache, dense, storage, manifest)
+
+    def map(self) -> Table:
+        """As map_rows."""
+        return map_rows(self.storage, self.manifest, self.cache, self.dense)
 
 
 def padded(

@@ -97,10 +97,16 @@ def whole_table(manifest: Manifest, rows: NDArray[Any]) -> Table:
     return Table(rows, first_ids, first_ids)
 
 
-def map_in_place(storage: Storage, manifest: Manifest, share: float = 1.0) -> Table | None:
+def is_dense(manifest: Manifest, share: float) -> bool:
+    """Whether so large a share of the rows, at random, is on most of their pages."""
+    size = np.dtype(manifest.metadata["dtype"]).itemsize * int(manifest.metadata["width"])
+    return bool(share * max(1, mmap.PAGESIZE // size) > _DENSE)
+
+
+def map_in_place(storage: Storage, manifest: Manifest, dense: bool = True) -> Table | None:
     """The shards where they lie as one read-only table, or None where that is not on a disk of this machine.
 
-    share of the rows will be read: where that leaves most pages out, the system is told to read no others along.
+    dense: most pages will be read; else the system is told to read none along that is not asked for.
     """
     if not (storage.is_local and sys.platform == "linux" and is_on_this_host(storage.root)):
         return None
@@ -114,8 +120,7 @@ def map_in_place(storage: Storage, manifest: Manifest, share: float = 1.0) -> Ta
             break
     offsets = first_places * size
     paths = [storage.locate(f"{manifest.dataset}/{shard.name}") for shard in manifest.shards]
-    is_dense = share * max(1, mmap.PAGESIZE // size) > _DENSE
-    advice = _MADV_HUGEPAGE if is_dense else _MADV_RANDOM
+    advice = _MADV_HUGEPAGE if dense else _MADV_RANDOM
     memory = _map_together(paths, [shard.bytes for shard in manifest.shards], offsets.tolist(), advice)
     return Table(memory.view(dtype).reshape(-1, width), _first_ids(manifest), first_places)
 

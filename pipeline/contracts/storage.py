@@ -11,14 +11,17 @@ may rest on what it lacks. A body may be cut on its way: what has a checksum is 
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import errno
 import io
 import json
+import mmap
 import os
 import random
 import re
 import shutil
+import sys
 import tempfile
 import time
 import uuid
@@ -60,6 +63,10 @@ _STAMPS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "modificationTime
 """What file systems call the mark that changes when a file does."""
 _TIMES = ("mtime", "LastModified", "last_modified", "updated", "modificationTime", "created")
 """What they call the time of the last write; the memory file system knows only when a file was made."""
+
+
+_LARGE = 1 << 20
+_POPULATED = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
 
 
 class Storage:
@@ -109,6 +116,20 @@ class Storage:
                 break
         return data
 
+    def view(self, path: str) -> memoryview:
+        """As read_bytes; of a local disk mapped: as it is now, also if it is replaced later."""
+        if not self.is_local:
+            return memoryview(self.read_bytes(path))
+        full = self.locate(path)
+
+        def look() -> memoryview:
+            with open(full, "rb") as file:
+                if not os.fstat(file.fileno()).st_size:
+                    return memoryview(b"")
+                return memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ, flags=_POPULATED))
+
+        return retry(f"read {full}", look)
+
     def read_with(self, path: str, parse: Callable[[bytes], T], span: tuple[int, int] | None = None) -> T:
         """What parse makes of an object, or of a span of it; of bytes not as written it raises ValueError or DataError.
 
@@ -135,10 +156,12 @@ class Storage:
             if not self.is_local:
                 self._filesystem.pipe_file(target, bytes(data))
                 return
-            with open(target, "wb") as file:
-                file.write(data)
+            with open(target, "wb", buffering=0) as file:
+                _reserve(file.fileno(), len(data))
+                left = memoryview(data)
+                while left := left[file.write(left) or 0 :]:
+                    pass
                 if lasting:
-                    file.flush()
                     os.fsync(file.fileno())
 
         self._store(f"write {full} ({len(data):,} bytes)", full, write)
@@ -309,6 +332,14 @@ class Storage:
         probe = f".writable-{uuid.uuid4().hex}"
         self.write_bytes(probe, b"")
         self.remove(probe)
+
+
+def _reserve(file: int, size: int) -> None:
+    """Ask the system for a large file's place on disk at once, where it can: writing takes two thirds of the time."""
+    if size >= _LARGE and sys.platform == "linux":
+        setting = getattr(ctypes.CDLL(None), "fallocate", None)
+        if setting is not None:
+            setting(file, 0, ctypes.c_long(0), ctypes.c_long(size))
 
 
 def filesystem_of(url: str) -> tuple[Any, str]:

@@ -78,7 +78,7 @@ def vectors_in(data: bytes, column: str) -> NDArray[Any]:
         return arrow_to_vectors(pq.read_table(pa.BufferReader(data), columns=[column]).column(column))
 
 
-def find_vectors(data: bytes, column: str) -> Vectors:
+def find_vectors(data: bytes | memoryview, column: str) -> Vectors:
     """Where a vector column is in a shard's bytes. Raises ValueError for what `encode_table` would not have written."""
     file = pq.ParquetFile(pa.BufferReader(data))
     field, metadata = file.schema_arrow.field(column), file.metadata
@@ -110,7 +110,7 @@ def find_vectors(data: bytes, column: str) -> Vectors:
     return Vectors(dtype, width, tuple(rows), tuple(offsets))
 
 
-def _read_struct(data: bytes, place: int) -> tuple[dict[int, Any], int]:
+def _read_struct(data: bytes | memoryview, place: int) -> tuple[dict[int, Any], int]:
     """A Thrift struct in the compact protocol, of integers, booleans and structs: by field, and what follows it."""
     found: dict[int, Any] = {}
     field = 0
@@ -131,7 +131,7 @@ def _read_struct(data: bytes, place: int) -> tuple[dict[int, Any], int]:
     return found, place + 1
 
 
-def _read_integer(data: bytes, place: int) -> tuple[int, int]:
+def _read_integer(data: bytes | memoryview, place: int) -> tuple[int, int]:
     """A zigzag varint, and what follows it."""
     value = shift = 0
     while True:

@@ -13,8 +13,8 @@ from pipeline.contracts import schemas
 from pipeline.contracts.config import Settings
 from pipeline.contracts.datasets import Lineage, Manifest, find_manifest, open_manifest
 from pipeline.contracts.errors import PipelineError
-from pipeline.contracts.replica import map_rows
-from pipeline.contracts.rows import Table, read_own_rows
+from pipeline.contracts.replica import Rows
+from pipeline.contracts.rows import Table, is_dense, read_own_rows
 from pipeline.contracts.sharding import count_shards, shard_bounds
 from pipeline.contracts.storage import Storage
 from pipeline.inference.members import as_bits, slots_of
@@ -135,8 +135,9 @@ class Overlay:
         cache: str | None, share: float,
     ) -> Overlay:  # fmt: skip
         """Map both; num_items is of tonight, and share of the earlier rows will be read."""
-        old, new_ids = map_rows(earlier.storage, earlier.kept[name], cache, share), all_ids(storage, ids)
-        return cls(old, new_ids, as_bits(new_ids, num_items), map_rows(storage, rows, cache))
+        kept, new_ids = earlier.kept[name], all_ids(storage, ids)
+        old = _map_once(Rows.of(earlier.storage, kept, cache, is_dense(kept, share)))
+        return cls(old, new_ids, as_bits(new_ids, num_items), _map_once(Rows.of(storage, rows, cache)))
 
     def _slots(self, ids: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         slots = slots_of(self.bits, self.new_ids, ids)
@@ -172,6 +173,12 @@ class Overlay:
             places = self.new.places(slots).reshape(-1)
             add_rows(self.new.rows, indptr, places, shares, unit, out, reduction)
         return out
+
+
+@lru_cache(maxsize=16)
+def _map_once(rows: Rows) -> Table:
+    """Kept by the process for its next tasks, for which the system need not find the pages anew."""
+    return rows.map()
 
 
 def all_ids(storage: Storage, ids: Manifest) -> NDArray[np.uint32]:

@@ -49,6 +49,8 @@ _LAYERS = schemas.LAYERS.name
 AGAIN = f"{_LAYERS}/again"
 _MOST = 4
 """One in so many items changed: from there on nearly all are reached, and a whole run costs less."""
+_SHARDS = 4
+"""So many shards' items are one task where little is made of each."""
 _SAME_IDS = {CONTENT: "projected-1", WEIGHTS: LISTS}
 """What is made again of the same items as something else, and does not list them again."""
 
@@ -98,17 +100,14 @@ class Incremental:
         for layer in range(self._network.num_layers):
             self._combine(layer)
 
-    def _bounds(self, shard: int) -> tuple[int, int]:
-        return self._cuts[shard], self._cuts[shard + 1]
-
     def _find_changes(self) -> None:
         """Content and lists that are others than in the earlier run, and the first layer's messages of such content."""
-        network, bounds, stored, largest = self._network, self._bounds, self._stored, self._largest
+        network, stored, largest = self._network, self._stored, self._largest
         dtype, (content_of, lists_of) = self._layer_dtype, self._changed
         width, inputs = self._width(LISTS), self._earlier.kept[CONTENT].metadata
 
         def make(task: Task) -> tuple[Sequence[Made], Report]:
-            content, lists = content_of(*bounds(task["shard"])), lists_of(*bounds(task["shard"]))
+            content, lists = content_of(task["start"], task["stop"]), lists_of(task["start"], task["stop"])
             ids, listed = (table.column("id").to_numpy().astype(np.int64) for table in (content, lists))
             rows = arrow_to_vectors(content.column("features")).astype(inputs["dtype"], copy=False)
 
@@ -127,7 +126,7 @@ class Incremental:
         told = {name: self._told(name) for name in (LISTS, WEIGHTS, CONTENT, "projected-1")}
         outputs = [self._ids(LISTS), *(self._rows(name, told[name]) for name in (LISTS, WEIGHTS, CONTENT))]
         outputs += [self._ids("projected-1"), self._rows("projected-1", told["projected-1"])]
-        reports = self._step("find changes", outputs, make)
+        reports = self._step("find changes", self._cuts[::_SHARDS], outputs, make)
         self.remade["changed items"] = sum(report["changed"] for report in reports)
         if _MOST * self.remade["changed items"] > self._num_items:
             raise TooDifferentError(f"{self.remade['changed items']:,} of {self._num_items:,} changed")
@@ -136,7 +135,7 @@ class Incremental:
 
     def _combine(self, layer: int) -> None:
         """The next vectors of items that the changes reach, and their messages for the layer after, or embeddings."""
-        network, bounds, stored = self._network, self._bounds, self._stored
+        network, stored, cuts = self._network, self._stored, self._cuts
         earlier, is_last = self._earlier, layer + 1 == self._network.num_layers
         own_of, largest, changed_of = self._own(layer), self._largest, self._made_again
         messages, lists_of, weights_of = map(self._overlay, (f"projected-{layer + 1}", LISTS, WEIGHTS))
@@ -147,14 +146,14 @@ class Incremental:
         publish = self._publisher.renewed
 
         def make(task: Task) -> tuple[Sequence[Made], Report]:
-            start, stop = bounds(task["shard"])
+            start, stop = task["start"], task["stop"]
             table, lists = messages(1.0), lists_of(1.0)
             reached = np.zeros(stop - start, np.bool_)
             for name in (LISTS, moved):
                 reached[changed_of(name, start, stop) - start] = True
             known = max(0, min(stop, earlier.num_items) - start)
-            former = lists.old.rows[lists.old.places(np.arange(start, start + known))]
-            reached[:known] |= rows_with(table.bits, former)
+            places = lists.old.places(np.arange(start, start + known))
+            reached[:known] |= rows_with(table.bits, lists.old.rows, places)
             ids = start + np.flatnonzero(reached)
             share = len(ids) / max(1, stop - start)
             own, kept_weights = own_of(share), weights_of(share).rows(ids)
@@ -182,7 +181,7 @@ class Incremental:
             outputs = [
                 part for name in following_names for part in (self._ids(name), self._rows(name, self._told(name)))
             ]
-            reports = self._step(label, outputs, make)
+            reports = self._step(label, cuts[::_SHARDS], outputs, make)
             self._check_scale(following_names[-1], reports)
             self.remade[f"vectors of layer {layer + 1}"] = sum(report["remade"] for report in reports)
             return
@@ -192,17 +191,16 @@ class Incremental:
             made = sum(report["remade"] for report in reports)
             return {**publisher.describe(reports), "remade": {**before, "embeddings": made}}
 
-        self._step(label, [Output(schemas.EMBEDDINGS, describe=describe)], make)
+        self._step(label, cuts, [Output(schemas.EMBEDDINGS, describe=describe)], make)
 
     def keep(self) -> None:
         """Write tonight's layers whole, and what they were made of, for the next run to go on from."""
-        bounds = self._bounds
         for name in kept_names(self._network.num_layers):
             overlay, told = self._overlay(name), self._told(name)
             exponent = self._earlier.kept[name].metadata.get("exponent")
 
             def make(task: Task, overlay: Callable[[float], Overlay] = overlay) -> tuple[Sequence[Made], Report]:
-                ids = np.arange(*bounds(task["shard"]))
+                ids = np.arange(task["start"], task["stop"])
                 rows = overlay(1.0).rows(ids)
                 return [rows], top_of(ids, rows)
 
@@ -214,7 +212,7 @@ class Incremental:
                 tops = {name: [report[name] for report in reports] for name in ("largest", "largest_id")}
                 return {**told, "exponent": exponent, **tops}
 
-            self._step(f"keep {name}", [Output(f"{_LAYERS}/{name}", raw=True, describe=describe)], make)
+            self._step(f"keep {name}", self._cuts, [Output(f"{_LAYERS}/{name}", raw=True, describe=describe)], make)
 
     # ------------------------------------------------------------------------------------------ parts
 
@@ -294,9 +292,13 @@ class Incremental:
             raise TooDifferentError("the largest values of a layer changed by a power of two")
 
     def _step(
-        self, label: str, outputs: Sequence[Output], make: Callable[[Task], tuple[Sequence[Made], Report]]
-    ) -> list[Report]:
-        name, tasks = f"{AGAIN}/step-{label.replace(' ', '-')}", [{"shard": n} for n in range(len(self._cuts) - 1)]
+        self, label: str, cuts: Sequence[int], outputs: Sequence[Output],
+        make: Callable[[Task], tuple[Sequence[Made], Report]],
+    ) -> list[Report]:  # fmt: skip
+        """A task for the items from each of the cuts to the next, the last to the end."""
+        last, name = self._num_items, f"{AGAIN}/step-{label.replace(' ', '-')}"
+        starts = [cut for place, cut in enumerate(cuts) if cut < last or place == 0]
+        tasks = [{"start": start, "stop": stop} for start, stop in zip(starts, [*starts[1:], last], strict=True)]
         return run_step(
             self._spark, self._storage, self._lineage, name, tasks, outputs, make, f"inference: {label}"
         )  # fmt: skip

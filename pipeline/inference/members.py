@@ -20,10 +20,10 @@ def as_bits(ids: NDArray[np.integer], size: int) -> NDArray[np.uint64]:
     return bits
 
 
-def rows_with(bits: NDArray[np.uint64], lists: NDArray[np.uint32]) -> NDArray[np.bool_]:
-    """Which rows [n, T] have an id of the set."""
-    result = np.zeros(len(lists), np.bool_)
-    _find(bits, read_only(lists), result)
+def rows_with(bits: NDArray[np.uint64], lists: NDArray[np.uint32], places: NDArray[np.integer]) -> NDArray[np.bool_]:
+    """Which of the rows of lists [R, T] at some places [n] have an id of the set."""
+    result = np.zeros(len(places), np.bool_)
+    _find(bits, read_only(lists), read_only(places, np.int64), result)
     return result
 
 
@@ -42,11 +42,11 @@ def _set(ids: Any, bits: Any) -> None:
 
 
 @numba.njit(nogil=True, cache=True)
-def _find(bits: Any, lists: Any, result: Any) -> None:
+def _find(bits: Any, lists: Any, places: Any, result: Any) -> None:
     for row in range(len(result)):
-        found = _ZERO
-        for k in range(lists.shape[1]):
-            place = np.uint64(lists[row, k])
+        found, listed = _ZERO, lists[places[row]]
+        for k in range(len(listed)):
+            place = np.uint64(listed[k])
             found |= bits[place >> _SIX] >> (place & _MASK)
         result[row] = (found & _ONE) != _ZERO
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numba
@@ -16,16 +17,19 @@ from pipeline.contracts.config import Settings
 from pipeline.contracts.datasets import (
     Lineage,
     Manifest,
+    Shard,
     arrow_to_vectors,
+    encode_table,
     find_manifest,
     open_manifest,
     read_rows,
-    read_stored,
     vectors_to_arrow,
+    view_stored,
 )
 from pipeline.contracts.errors import PipelineError
 from pipeline.contracts.storage import Storage
 from pipeline.contracts.vectors import find_vectors
+from pipeline.digests import digest_bytes
 from pipeline.inference.halves import as_single
 from pipeline.inference.network import Array
 from pipeline.mixing import read_only
@@ -42,21 +46,21 @@ class Publisher:
         self._storage, self._items = storage, open_manifest(storage, schemas.ITEMS)
         self._missing = open_manifest(storage, schemas.FEATURES).metadata.get("missing", {})
         self._earlier, self._former = _former(settings.task.data.previous)
+        self._is_gone_on_from = settings.resources.inference.keep_layers
         model = schemas.MODEL.name
         self._same_model = self._former is not None and self._former.lineage.inputs.get(model) == lineage.inputs.get(
             model
         )
 
-    def rows(self, start: int, stop: int, vectors: Array, then: pa.Table | None = None) -> tuple[pa.Table, Report]:
+    def rows(self, start: int, stop: int, vectors: Array, then: pa.Table | None = None) -> tuple[Encoded, Report]:
         """The rows of items [start, stop), and what describe needs of them; then are the earlier run's, if known."""
         known = read_rows(self._storage, self._items, start, stop, ["key", "id", "degree"])
         table = pa.table({"key": known["key"], "id": known["id"], "embedding": vectors_to_arrow(vectors)})
-        report = {**_statistics(vectors), **_without_edges(known)}
-        return table, report | {"drift": self._drift(start, known["key"], vectors, then)}
+        schemas.EMBEDDINGS.check(table.schema, f"embeddings of items {start:,} to {stop:,}")
+        drift = self._drift(start, known["key"], vectors, then)
+        return self._made(encode_table(table), known, {**_statistics(vectors), "drift": drift})
 
-    def renewed(
-        self, start: int, stop: int, ids: NDArray[np.int64], vectors: Array
-    ) -> tuple[pa.Table | Encoded, Report]:
+    def renewed(self, start: int, stop: int, ids: NDArray[np.int64], vectors: Array) -> tuple[Encoded, Report]:
         """The rows of items [start, stop): the earlier run's, with the vectors of the items ids, ascending, in place.
 
         Where a shard of the earlier run has just these items, its bytes serve, else they are made of its rows.
@@ -84,15 +88,15 @@ class Publisher:
         drift = {"compared": stop - start, "cosines": drift["cosines"] + same, "moved": drift["moved"]}
         copy = bytearray(data)
         places.replace(copy, ids - start, vectors)
-        report = {**_statistics(*places.pages(copy)), **_without_edges(known), "drift": drift}
-        return Encoded(copy, stop - start), report
+        return self._made(copy, known, {**_statistics(*places.pages(copy)), "drift": drift})
 
-    def _former_bytes(self, start: int, stop: int, keys: pa.ChunkedArray) -> bytes | None:
+    def _former_bytes(self, start: int, stop: int, keys: pa.ChunkedArray) -> memoryview | None:
         """The earlier run's shard of just these items; None if it has none, or they had other keys."""
         former, earlier, first = self._former, self._earlier, 0
-        for shard in () if former is None else former.shards:
+        for number, shard in enumerate(() if former is None else former.shards):
             if (first, first + shard.rows) == (start, stop) and earlier is not None and former is not None:
-                data = read_stored(earlier, former.dataset, shard)
+                digest = former.metadata.get("digests", {number: None})[number]
+                data = view_stored(earlier, former.dataset, shard, partial(_check, shard, digest))
                 found = pq.read_table(pa.BufferReader(data), columns=["key"])["key"]
                 return data if found.equals(keys) else None
             first += shard.rows
@@ -102,7 +106,9 @@ class Publisher:
         """What the manifest says of all embeddings.
 
         spread is the mean squared distance from their mean: 0 where all are alike. missing_content counts items by
-        column of the content; drift is None where no earlier run has embeddings of the same width.
+        column of the content; drift is None where no earlier run has embeddings of the same width. Where layers are
+        kept, digests are of the shards' bytes: the next night copies most of them, and compares these faster than
+        checksums.
         """
         items = sum(report["items"] for report in reports)
         number = max(1, items)
@@ -117,6 +123,7 @@ class Publisher:
             "without_edges": sum(report["without_edges"] for report in reports), "missing_content": self._missing,
             "drift": self._described_drift([report["drift"] for report in reports if report["drift"]]),
             "width": len(centre),
+            **({"digests": [report["digest"] for report in reports]} if self._is_gone_on_from else {}),
         }  # fmt: skip
 
     def former(self, start: int, stop: int) -> pa.Table | None:
@@ -125,6 +132,13 @@ class Publisher:
         if former is None or earlier is None or start >= former.num_rows:
             return None
         return read_rows(earlier, former, start, min(stop, former.num_rows), ["key", "embedding"])
+
+    def _made(self, data: bytearray | memoryview, items: pa.Table, report: Report) -> tuple[Encoded, Report]:
+        """A shard, and with what else goes to its report."""
+        report = report | {"without_edges": pc.sum(pc.equal(items["degree"], 0)).as_py() or 0}
+        if self._is_gone_on_from:
+            report["digest"] = f"{digest_bytes(data):016x}"
+        return Encoded(data, items.num_rows), report
 
     def _drift(self, start: int, keys: pa.ChunkedArray, vectors: Array, rows: pa.Table | None = None) -> Report | None:
         """Of the items that the earlier run numbers alike: how far they are from where they were."""
@@ -170,8 +184,12 @@ def _drift(now: NDArray[np.float32], then: NDArray[np.float32]) -> Report:
     return {"compared": len(cosines), "cosines": float(cosines.sum()), "moved": int((cosines < STILL).sum())}
 
 
-def _without_edges(items: pa.Table) -> Report:
-    return {"without_edges": pc.sum(pc.equal(items["degree"], 0)).as_py() or 0}
+def _check(shard: Shard, digest: str | None, data: memoryview) -> None:
+    """Raise ValueError if a shard's bytes are not those of the digest, or, where none is known, of its checksum."""
+    if digest is None:
+        shard.check(data)
+    elif len(data) != shard.bytes or f"{digest_bytes(data):016x}" != digest:
+        raise ValueError(f"it has {len(data):,} bytes, expected {shard.bytes:,} bytes of another digest")
 
 
 def _statistics(*parts: Array) -> Report:
@@ -179,9 +197,7 @@ def _statistics(*parts: Array) -> Report:
     squares, sums = np.empty(sum(map(len, parts)), np.float64), np.zeros(parts[0].shape[1], np.float64)
     first = 0
     for part in parts:
-        single = read_only(as_single(part))
-        _multiply(single, single, squares[first : first + len(part)])
-        _add_up(single, sums)
+        _add_up(read_only(as_single(part)), squares[first : first + len(part)], sums)
         first += len(part)
     norms = np.sqrt(squares)
     return {
@@ -204,8 +220,13 @@ def _multiply(one: Any, other: Any, products: Any) -> None:
         products[row] = total
 
 
-@numba.njit(nogil=True, cache=True)
-def _add_up(rows: Any, sums: Any) -> None:
+@numba.njit(nogil=True, cache=True, fastmath={"reassoc"})
+def _add_up(rows: Any, squares: Any, sums: Any) -> None:
+    """Every row's squared length, and the sum of all rows, in float64."""
     for row in range(len(rows)):
+        total = 0.0
         for j in range(len(sums)):
-            sums[j] += rows[row, j]
+            value = np.float64(rows[row, j])
+            total += value * value
+            sums[j] += value
+        squares[row] = total

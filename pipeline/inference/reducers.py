@@ -7,6 +7,7 @@ hold of it is read from disk, a page for every look-up.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numba
@@ -24,7 +25,8 @@ from pipeline.contracts.datasets import (
     read_rows,
 )
 from pipeline.contracts.errors import DataError
-from pipeline.contracts.replica import map_rows
+from pipeline.contracts.replica import Rows
+from pipeline.contracts.rows import Table
 from pipeline.contracts.sharding import count_shards, shard_bounds
 from pipeline.contracts.storage import Storage
 from pipeline.contracts.vectors import read_vectors
@@ -98,7 +100,7 @@ class Gather:
         def of(shard: int) -> Sums:
             start, stop = bounds(shard)
             index, weights = network.lists(layer, *read_lists(read_rows(storage, neighbours, start, stop)))
-            table = map_rows(storage, projected, cache)
+            table = _map_once(Rows.of(storage, projected, cache))
             places, length = table.places(index), index.shape[1]
 
             def some(part: slice) -> NDArray[np.int32]:
@@ -120,6 +122,15 @@ class Gather:
 
     def finish(self) -> None:
         pass
+
+
+@lru_cache(maxsize=1)
+def _map_once(rows: Rows) -> Table:
+    """One layer, kept by the process for its next tasks: not two, as a deleted one leaves the disk when nobody maps it.
+
+    The system need not find the pages anew then.
+    """
+    return rows.map()
 
 
 def read_lists(table: pa.Table) -> Lists:

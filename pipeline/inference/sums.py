@@ -89,8 +89,10 @@ def _add(rows: Any, indptr: Any, places: Any, weights: Any, out: Any) -> None:
                     prefetch(flat, places[ahead] * width + line)
             has_two = at + 1 < indptr[i + 1]
             second = at + 1 if has_two else at
-            a, b = rows[places[at]], rows[places[second]]
             wa, wb = weights[at], weights[second] if has_two else np.float32(0.0)
+            if wa == 0 and wb == 0:
+                continue
+            a, b = rows[places[at]], rows[places[second]]
             for j in range(width):
                 sums[j] += np.int32(wa * widened(a[j]) + half) + np.int32(wb * widened(b[j]) + half)
 
