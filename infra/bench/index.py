@@ -316,12 +316,12 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     common = ["--folder", str(folder), "--bytes-per-vector", str(arguments.bytes_per_vector), "--vectors", str(number)]
     jobs: dict[str, tuple[list[str], Path]] = {
         "ours": ([*us, "--build", "ours", *common], folder / "run" / "index" / "index.faiss"),
-        "by hand": ([*us, "--build", "hand", *common], folder / "hand.index"),
     }
     if arguments.autofaiss:
         available = f"{int(about['memory_gib'] * 0.7)}G"
         peer = [arguments.autofaiss, "-c", AUTOFAISS, str(folder / "npy"), str(folder / "peer.index"), f"{memory}B"]
         jobs["autofaiss"] = ([*peer, str(measure.num_cores()), available], folder / "peer.index")
+    jobs["by hand"] = ([*us, "--build", "hand", *common], folder / "hand.index")
     built = {name: made for name, (command, file) in jobs.items() if (made := in_process(name, command, file))}
     queries = fresh_queries(width, kind, seed)
     truth = exact(folder, queries)

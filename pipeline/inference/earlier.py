@@ -168,10 +168,9 @@ class Overlay:
             out,
             reduction,
         )
-        if is_new.any():
-            shares = np.where(is_new, weights, np.float32(0)).reshape(-1)
-            places = self.new.places(slots).reshape(-1)
-            add_rows(self.new.rows, indptr, places, shares, unit, out, reduction)
+        if is_new.any():  # few: only those
+            indptr = np.concatenate([[0], np.cumsum(is_new.sum(axis=1))])
+            add_rows(self.new.rows, indptr, self.new.places(slots[is_new]), weights[is_new], unit, out, reduction)
         return out
 
 

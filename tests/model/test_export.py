@@ -128,3 +128,13 @@ def test_a_device_that_is_not_there_is_named_at_the_first_call(make_run: Callabl
 
 def _seventh_gpu() -> str:
     return "cuda:7"
+
+
+def test_a_process_builds_a_network_once_however_often_it_is_unpickled(make_run: Callable[..., Run]) -> None:
+    network = exported(make_run())
+    one, other = (pickle.loads(pickle.dumps(network)) for _ in range(2))
+    assert one._model is other._model
+    weights = bytearray(network._weights)
+    weights[-1] ^= 1
+    changed = Exported(bytes(weights), network._description)
+    assert changed._model is not one._model

@@ -57,3 +57,22 @@ def test_a_session_takes_the_launched_jvm_and_may_follow_one_that_still_stops() 
     done = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.splitlines() == ["True True [{'answer': 42}]", "False"] * 2
     assert "Traceback" not in done.stderr
+
+
+IMPORTS = """
+from pipeline.contracts.config import SparkResources
+from pipeline.session import session, stop
+from pipeline.spark import run_tasks
+
+spark = session(SparkResources(master="local[1]", driver_memory="1g"), "test", ("colorsys", "cmd"))
+print(run_tasks(spark, [{}], lambda task: {"there": "colorsys" in __import__("sys").modules}, "test"))
+stop(spark)
+"""
+
+
+def test_workers_begin_with_the_modules_that_a_session_names() -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.splitlines() == ["[{'there': True}]"]
+    without = IMPORTS.replace(', ("colorsys", "cmd")', "")
+    done = subprocess.run([sys.executable, "-c", without], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.splitlines() == ["[{'there': False}]"]

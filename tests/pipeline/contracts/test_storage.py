@@ -86,6 +86,17 @@ def test_what_is_written_is_read_again_and_a_second_write_wins(anywhere: Storage
     assert anywhere.names("a/b") == ["c.bin"]
 
 
+@pytest.mark.parametrize("size", [0, 1, 3 << 20])
+def test_a_view_is_of_the_object_as_it_was(anywhere: Storage, size: int) -> None:
+    data = os.urandom(size)
+    anywhere.write_bytes("object", data)
+    view = anywhere.view("object")
+    anywhere.write_bytes("object", b"another")
+    assert bytes(view) == data
+    with pytest.raises(FileNotFoundError):
+        anywhere.view("nothing")
+
+
 @given(data=st.binary(max_size=2000))
 def test_any_bytes_survive(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     storage = Storage(str(tmp_path_factory.getbasetemp() / "bytes"))

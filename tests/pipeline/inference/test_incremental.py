@@ -26,6 +26,7 @@ from pipeline.contracts.datasets import (
     write_file,
     write_shard,
 )
+from pipeline.contracts.errors import DataError
 from pipeline.contracts.sharding import shard_bounds
 from pipeline.contracts.storage import Storage
 from pipeline.differences import Noting
@@ -211,6 +212,40 @@ def test_lost_embeddings_are_made_again_beside_layers_that_were_kept(spark: Spar
     before, _ = embed(spark, storage, network)
     storage.delete(schemas.EMBEDDINGS.name)
     np.testing.assert_array_equal(embed(spark, storage, network)[0], before)
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_an_earlier_shard_that_was_changed_is_not_copied(spark: SparkContext, tmp_path: Path, noted: bool) -> None:
+    """By the digests that the earlier run noted or, without any, by checksums; wherever in the file the change is."""
+    network, world = PlainNetwork(2), World(50)
+    first, whole = (Storage(str(tmp_path / name)) for name in ("first", "whole"))
+    world.store(first, 2)
+    embed(spark, first, network)
+    manifest = open_manifest(first, schemas.EMBEDDINGS)
+    assert len(manifest.metadata["digests"]) == len(manifest.shards) == 2
+    if not noted:
+        told = {name: value for name, value in manifest.metadata.items() if name != "digests"}
+        commit(first, schemas.EMBEDDINGS, manifest.shards, manifest.lineage, told)
+    world.features[3] += np.float32(0.25)
+    world.store(whole, 2)
+    expected, _ = embed(spark, whole, network)
+    path = f"embeddings/{manifest.shards[1].name}"
+    written = first.read_bytes(path)
+    places = [None, *range(0, len(written), max(1, len(written) // 5))]
+    for number, place in enumerate(places):
+        second = Storage(str(tmp_path / f"second-{number}"))
+        world.store(second, 2)
+        changed = bytearray(written)
+        if place is not None:
+            changed[place] ^= 4
+        first.write_bytes(path, bytes(changed))
+        if place is None:
+            found, told = embed(spark, second, network, previous=first)
+            np.testing.assert_array_equal(found, expected)
+            assert told["remade"]["changed items"] == 1
+        else:
+            with pytest.raises(DataError, match=rf"{manifest.shards[1].name} was changed after its manifest"):
+                embed(spark, second, network, previous=first)
 
 
 def another_model(world: World, storage: Storage) -> None:
