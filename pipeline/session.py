@@ -100,7 +100,6 @@ def _settings(resources: SparkResources, imports: Sequence[str] = ()) -> SparkCo
     submitted = _is_submitted()
     wanted = {
         "spark.driver.memory": resources.driver_memory,
-        "spark.default.parallelism": str(resources.shuffle_partitions),
         "spark.redaction.regex": f"(?i){SECRET_NAMES}",
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",

@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def spark() -> Iterator[SparkContext]:
     """A real Spark on two local cores."""
-    found = session(SparkResources(master="local[2]", driver_memory="1g", shuffle_partitions=3), "tests")
+    found = session(SparkResources(master="local[2]", driver_memory="1g"), "tests")
     yield found
     found.stop()
 

@@ -118,7 +118,7 @@ def shop_settings(folder: Path, run: Path, **task: Any) -> dict[str, Any]:
     }
     resources = {
         "run": str(run), "cache": str(run.parent / "cache"), "rows_per_shard": 30, "events_per_shard": 500,
-        "spark": {"master": "local[2]", "driver_memory": "1g", "shuffle_partitions": 3},
+        "spark": {"master": "local[2]", "driver_memory": "1g"},
         "training": {"threads": 1, "checkpoint_every_steps": 5},
     }  # fmt: skip
     return {"task": {**small, **task}, "resources": resources}

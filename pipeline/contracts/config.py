@@ -645,8 +645,6 @@ class SparkResources(Section):
     """Spark master; None leaves it to spark-submit. A master given to spark-submit wins."""
     driver_memory: str = "2g"
     """JVM heap of the driver, which in local mode is also the executor's."""
-    shuffle_partitions: PositiveInt = 8
-    """Partitions of a shuffle; about two to three times the cores."""
     driver_port: Count = 0
     """Port that executors call back on; 0: any free one."""
     conf: dict[str, str] = {}
