@@ -39,7 +39,7 @@ REFERENCE_BYTES = 1 << 26
 """Rates of random reads hold for this much memory; a doubling adds what `_doubling` rates say."""
 MAX_INDEX_PARTS = 256
 """An index is added to by at most so many tasks."""
-_CODE, _FIND_COMPARED = 1 / 64, 150
+_CODE, _FIND_COMPARED = 1 / 60, 100
 """While a vector's list is found among many: what a centroid's code costs of comparing it whole, and how many are."""
 SIGMA = 0.93
 """Of the lognormal degrees: the median is exp(-SIGMA ** 2 / 2) = 0.65 of the mean."""
@@ -900,7 +900,7 @@ class _Planner:
 
     def _index(self) -> Stage:
         """Trained by the driver; added to by tasks, each a part of all shards; merged by the driver."""
-        from pipeline.ann.choice import MANY_LISTS, check_given, choose, count_lists
+        from pipeline.ann.choice import MANY_LISTS, check_given, choose, coarse, count_lists
         from pipeline.ann.training import SAMPLE_SHARDS, sample_size
 
         task, rates, items = self.task, self.rates, self.scale.items
@@ -932,7 +932,8 @@ class _Planner:
         ]  # fmt: skip
         driver = 2.2 * 4.0 * sample * width + (2.2 * choice.bytes if in_memory else 0.0)
         local = 2.0 * choice.bytes
-        return self._stage(f"index, {choice.factory}", steps, tuple(self.stored), local=local, driver=driver)
+        short = choice.factory.replace(f"({coarse(width)})", "")  # what finds a list goes without saying
+        return self._stage(f"index, {short}", steps, tuple(self.stored), local=local, driver=driver)
 
     # -------------------------------------------------------------------------------------- does it fit
 
