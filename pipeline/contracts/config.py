@@ -632,7 +632,7 @@ class InferenceResources(Section):
     keep_layers: bool = False
     """gather: keep what passes between the layers, and what they are made of, so that a later run with this one as
     task.data.previous and the same model makes again only what has changed. Disk: 4.3 KB an item of 384 features, 50
-    neighbours and layers of 512 and 256."""
+    neighbours and layers of 512 and 256; such later runs share these files, and add what they made again."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the matrix products are made. cuda: on the GPU that Spark assigned to the task, see
     spark.task.resource.gpu.amount in resources.spark.conf, else on the host's first. Not the same bytes on both."""

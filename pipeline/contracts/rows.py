@@ -83,6 +83,11 @@ class Table:
     first_ids: NDArray[np.int64]
     first_places: NDArray[np.int64]
 
+    @property
+    def num_rows(self) -> int:
+        """How many rows are of the dataset: fewer than rows has where there are gaps."""
+        return len(self.rows) - int(self.first_places[-1] - self.first_ids[-1]) if len(self.first_ids) else 0
+
     def places(self, ids: NDArray[np.integer]) -> NDArray[np.integer]:
         """Where the rows of these ids, of any shape, are."""
         if np.array_equal(self.first_ids, self.first_places):

@@ -66,6 +66,8 @@ _TIMES = ("mtime", "LastModified", "last_modified", "updated", "modificationTime
 
 
 _LARGE = 1 << 20
+_NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS, errno.EACCES)
+"""What a file system answers that gives a file no second name."""
 _POPULATED = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
 
 
@@ -205,6 +207,32 @@ class Storage:
                 self._filesystem.put_file(str(local), target)
 
         self._store(f"write {full}", full, write)
+
+    def copy_from(self, other: Storage, path: str) -> None:
+        """Have another folder's object at the same path here too: a second name on one local disk, else a copy.
+
+        The copy is made by the store itself where both folders are in one. Objects are replaced, never changed, so a
+        second name stays what it is.
+        """
+        source, full = other.locate(path), self.locate(path)
+
+        def copy(target: str) -> None:
+            if self.is_local and other.is_local:
+                try:
+                    os.link(source, target)
+                except OSError as error:
+                    if error.errno not in _NO_LINK:
+                        raise
+                    shutil.copyfile(source, target)
+            elif self._filesystem is other._filesystem:
+                self._filesystem.cp_file(source, target)
+            else:
+                self._filesystem.pipe_file(target, other.read_bytes(path))
+
+        both = self.is_local and other.is_local and os.path.exists(full) and os.path.exists(source)
+        if both and os.path.samefile(source, full):
+            return  # to rename one name of a file to another does nothing
+        self._store(f"copy {source} to {full}", full, copy)
 
     @contextmanager
     def stream(self, path: str) -> Iterator[BinaryIO]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,13 +18,32 @@ from pipeline.contracts.replica import Rows
 from pipeline.contracts.rows import Table, is_dense, read_own_rows
 from pipeline.contracts.sharding import count_shards, shard_bounds
 from pipeline.contracts.storage import Storage
-from pipeline.inference.members import as_bits, slots_of
+from pipeline.inference.members import as_bits, rows_with, slots_of
 from pipeline.inference.network import Array, Network
 from pipeline.inference.sums import add_rows
 
 CONTENT, LISTS, WEIGHTS = "features", "lists", "weights"
 """What inference reads, as raw rows: vectors as stored, neighbours and their weights. A short list has its own item,
 which weighs nothing, in the places that are left: it is reached whenever the item itself has changed, and not else."""
+PATCHED = "patched"
+"""In a base's metadata: whether a patch belongs to it."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Rows that a run kept: of a base, and above them those of a patch, if it has one: its items' ids, and their rows.
+
+    The base may have been made nights before, and have fewer items: new ones are in the patch.
+    """
+
+    base: Manifest
+    ids: Manifest | None = None
+    rows: Manifest | None = None
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """What is said of the base: type and width; of a layer its exponent, and every shard's largest value."""
+        return self.base.metadata
 
 
 @dataclass(frozen=True)
@@ -34,7 +54,7 @@ class Earlier:
     features: Manifest
     neighbours: Manifest
     embeddings: Manifest
-    kept: dict[str, Manifest]
+    kept: dict[str, Kept]
 
     @property
     def num_items(self) -> int:
@@ -45,17 +65,15 @@ def find_earlier(
     storage: Storage, settings: Settings, lineage: Lineage, network: Network
 ) -> tuple[Earlier | None, str]:
     """The earlier run that the settings name, if its layers serve; and why not, in words."""
-    url = settings.task.data.previous
-    if url is None or not network.num_layers:
+    url, layers = settings.task.data.previous, network.num_layers
+    if url is None or not layers:
         return None, ""
     earlier = Storage(url)
     try:
         features, neighbours, embeddings, model = (
             find_manifest(earlier, d) for d in (schemas.FEATURES, schemas.NEIGHBOURS, schemas.EMBEDDINGS, schemas.MODEL)
         )
-        found = {
-            name: find_manifest(earlier, f"{schemas.LAYERS.name}/{name}") for name in kept_names(network.num_layers)
-        }
+        found = {name: [find_manifest(earlier, dataset) for dataset in parts_of(name)] for name in kept_names(layers)}
     except PipelineError as error:
         return None, str(error)
     if features is None or neighbours is None or embeddings is None or model is None:
@@ -66,10 +84,11 @@ def find_earlier(
     if wanted != {name: value for name, value in embeddings.lineage.settings.items() if name in wanted}:
         return None, "the settings of inference are others"
     kept = {}
-    for name, manifest in found.items():
-        if manifest is None or manifest.lineage.fingerprint != embeddings.lineage.fingerprint:
+    for name, (base, *patch) in found.items():
+        parts = [base, *patch] if base is not None and base.metadata.get(PATCHED) else [base]
+        if base is None or any(p is None or p.lineage.fingerprint != embeddings.lineage.fingerprint for p in parts):
             return None, f"{url} did not keep {name}: set resources.inference.keep_layers there"
-        kept[name] = manifest
+        kept[name] = Kept(base, *parts[1:])
     for dataset, manifest in ((schemas.FEATURES, features), (schemas.NEIGHBOURS, neighbours)):
         if manifest.content != embeddings.lineage.inputs.get(dataset.name):
             return None, f"the {dataset.name} of {url} are no longer those that it embedded"
@@ -84,6 +103,12 @@ def kept_names(num_layers: int) -> list[str]:
     """The datasets of a run that a later one goes on from: what its layers read, and the layers."""
     layers = [f"projected-{n + 1}" for n in range(num_layers)] + [f"hidden-{n}" for n in range(1, num_layers)]
     return [CONTENT, LISTS, WEIGHTS, *layers]
+
+
+def parts_of(name: str) -> tuple[str, str, str]:
+    """The datasets of what is kept under a name: the base, and ids and rows of its patch."""
+    base = f"{schemas.LAYERS.name}/{name}"
+    return base, f"{base}-ids", f"{base}-rows"
 
 
 def num_neighbours(neighbours: Manifest) -> int:
@@ -121,56 +146,82 @@ def continued_bounds(former: Sequence[int], num_items: int, rows_per_shard: int)
 
 
 @dataclass(frozen=True)
+class Patch:
+    """Rows of some items: their ids, ascending, also as bits, and the rows in that order."""
+
+    ids: NDArray[np.uint32]
+    bits: NDArray[np.uint64]
+    table: Table
+
+    @classmethod
+    def open(cls, storage: Storage, ids: Manifest, rows: Manifest, num_items: int, cache: str | None) -> Patch:
+        """Map it; num_items is of tonight."""
+        own = all_ids(storage, ids)
+        return cls(own, as_bits(own, num_items), _map_once(Rows.of(storage, rows, cache)))
+
+    def find(self, ids: NDArray[np.integer]) -> tuple[NDArray[np.bool_], NDArray[np.integer]]:
+        """Which of some ids, of any shape, it has, and the places of these, one after the other, in its rows."""
+        slots = slots_of(self.bits, self.ids, ids)
+        found = slots >= 0
+        return found, self.table.places(slots[found])
+
+
+@dataclass(frozen=True)
 class Overlay:
-    """Rows that an earlier run kept, and above them those of tonight."""
+    """Rows of a base and of patches above it, the newest first, as they are tonight."""
 
     old: Table
-    new_ids: NDArray[np.uint32]
-    bits: NDArray[np.uint64]
-    new: Table
+    patches: tuple[Patch, ...]
 
     @classmethod
     def open(
         cls, earlier: Earlier, name: str, storage: Storage, ids: Manifest, rows: Manifest, num_items: int,
         cache: str | None, share: float,
     ) -> Overlay:  # fmt: skip
-        """Map both; num_items is of tonight, and share of the earlier rows will be read."""
-        kept, new_ids = earlier.kept[name], all_ids(storage, ids)
-        old = _map_once(Rows.of(earlier.storage, kept, cache, is_dense(kept, share)))
-        return cls(old, new_ids, as_bits(new_ids, num_items), _map_once(Rows.of(storage, rows, cache)))
-
-    def _slots(self, ids: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        slots = slots_of(self.bits, self.new_ids, ids)
-        is_new = slots >= 0
-        return np.maximum(slots, 0), is_new
+        """What was kept under a name, below what tonight made again; share of the earlier rows will be read."""
+        kept = earlier.kept[name]
+        old = _map_once(Rows.of(earlier.storage, kept.base, cache, is_dense(kept.base, share)))
+        patches = [Patch.open(storage, ids, rows, num_items, cache)]
+        if kept.ids is not None and kept.rows is not None:
+            patches.append(Patch.open(earlier.storage, kept.ids, kept.rows, num_items, cache))
+        return cls(old, tuple(patches))
 
     def rows(self, ids: NDArray[np.integer]) -> Array:
         """Rows [n, width] of items."""
-        slots, is_new = self._slots(ids)
-        result: Array = self.old.rows[self.old.places(np.where(is_new, 0, ids))]
-        result[is_new] = self.new.rows[self.new.places(slots[is_new])]
+        found = [patch.find(ids) for patch in self.patches]
+        has = np.logical_or.reduce([is_in for is_in, _ in found])
+        result: Array = self.old.rows[self.old.places(np.where(has, 0, ids))]
+        for patch, (is_in, places) in reversed([*zip(self.patches, found, strict=True)]):
+            result[is_in] = patch.table.rows[places]
+        return result
+
+    def lists_with(self, bits: NDArray[np.uint64], start: int, stop: int) -> NDArray[np.bool_]:
+        """Of LISTS as they were last night: which of items [start, stop) have one of a set in theirs."""
+        result = np.zeros(stop - start, np.bool_)
+        known = max(0, min(stop, self.old.num_rows) - start)
+        result[:known] = rows_with(bits, self.old.rows, self.old.places(np.arange(start, start + known)))
+        for patch in self.patches[1:]:
+            low, high = np.searchsorted(patch.ids, [start, stop])
+            places = patch.table.places(np.arange(low, high))
+            result[patch.ids[low:high].astype(np.int64) - start] = rows_with(bits, patch.table.rows, places)
         return result
 
     def sums(
         self, index: NDArray[np.integer], weights: NDArray[np.float32], unit: float, reduction: str
     ) -> NDArray[np.int32]:
-        """Sums over lists [n, T] of items: those of both parts, which integers allow."""
-        slots, is_new = self._slots(index)
-        indptr = np.arange(len(index) + 1) * index.shape[1]
-        out = np.zeros((len(index), self.old.rows.shape[1]), np.int32)
-        places = self.old.places(np.where(is_new, 0, index))
-        add_rows(
-            self.old.rows,
-            indptr,
-            places.reshape(-1),
-            np.where(is_new, np.float32(0), weights).reshape(-1),
-            unit,
-            out,
-            reduction,
-        )
-        if is_new.any():  # few: only those
-            indptr = np.concatenate([[0], np.cumsum(is_new.sum(axis=1))])
-            add_rows(self.new.rows, indptr, self.new.places(slots[is_new]), weights[is_new], unit, out, reduction)
+        """Sums over lists [n, T] of items: those of all parts, which integers allow."""
+        out, left = np.zeros((len(index), self.old.rows.shape[1]), np.int32), np.ones(index.shape, np.bool_)
+        for patch in self.patches:
+            is_in, places = patch.find(index)
+            own = left[is_in]
+            mine = is_in & left
+            if own.any():  # few: only those
+                indptr = np.concatenate([[0], np.cumsum(mine.sum(axis=1))])
+                add_rows(patch.table.rows, indptr, places[own], weights[mine], unit, out, reduction)
+            left &= ~is_in
+        indptr, old = np.arange(len(index) + 1) * index.shape[1], self.old.places(np.where(left, index, 0))
+        shares = np.where(left, weights, np.float32(0))
+        add_rows(self.old.rows, indptr, old.reshape(-1), shares.reshape(-1), unit, out, reduction)
         return out
 
 

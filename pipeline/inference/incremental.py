@@ -11,6 +11,7 @@ and a bit an item.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,13 +21,14 @@ from pyspark import SparkContext
 
 from pipeline.contracts import schemas
 from pipeline.contracts.config import Settings
-from pipeline.contracts.datasets import Lineage, Manifest, arrow_to_vectors, open_manifest
+from pipeline.contracts.datasets import Lineage, Manifest, arrow_to_vectors, begin, commit, open_manifest
 from pipeline.contracts.rows import describe_rows, read_own_rows
 from pipeline.contracts.storage import Storage
 from pipeline.differences import find_changed
 from pipeline.inference.earlier import (
     CONTENT,
     LISTS,
+    PATCHED,
     WEIGHTS,
     Earlier,
     Overlay,
@@ -34,9 +36,9 @@ from pipeline.inference.earlier import (
     as_kept,
     continued_bounds,
     kept_names,
+    parts_of,
 )
 from pipeline.inference.halves import as_single
-from pipeline.inference.members import rows_with
 from pipeline.inference.network import Array, Network, filled, in_blocks
 from pipeline.inference.publishing import Publisher
 from pipeline.inference.reducers import key_of, read_lists
@@ -51,6 +53,8 @@ _MOST = 4
 """One in so many items changed: from there on nearly all are reached, and a whole run costs less."""
 _SHARDS = 4
 """So many shards' items are one task where little is made of each."""
+_FILES = 64
+"""So many files of a base are one task: on a local disk they only get a second name."""
 _SAME_IDS = {CONTENT: "projected-1", WEIGHTS: LISTS}
 """What is made again of the same items as something else, and does not list them again."""
 
@@ -102,7 +106,7 @@ class Incremental:
 
     def _find_changes(self) -> None:
         """Content and lists that are others than in the earlier run, and the first layer's messages of such content."""
-        network, stored, largest = self._network, self._stored, self._largest
+        network, stored = self._network, self._stored
         dtype, (content_of, lists_of) = self._layer_dtype, self._changed
         width, inputs = self._width(LISTS), self._earlier.kept[CONTENT].metadata
 
@@ -120,7 +124,7 @@ class Incremental:
             made = in_blocks(message, len(ids), network.block)
             index, weights = as_kept(*read_lists(lists), listed, width)
             numbers, lists_numbers = (found.astype(np.uint32)[:, None] for found in (ids, listed))
-            report = {"changed": len(np.union1d(ids, listed)), "remade": len(ids), **largest("projected-1", ids, made)}
+            report = {"changed": len(np.union1d(ids, listed)), "remade": len(ids), "largest": largest_of(made)}
             return [lists_numbers, index, weights, rows, numbers, made], report
 
         told = {name: self._told(name) for name in (LISTS, WEIGHTS, CONTENT, "projected-1")}
@@ -137,7 +141,7 @@ class Incremental:
         """The next vectors of items that the changes reach, and their messages for the layer after, or embeddings."""
         network, stored, cuts = self._network, self._stored, self._cuts
         earlier, is_last = self._earlier, layer + 1 == self._network.num_layers
-        own_of, largest, changed_of = self._own(layer), self._largest, self._made_again
+        own_of, changed_of = self._own(layer), self._made_again
         messages, lists_of, weights_of = map(self._overlay, (f"projected-{layer + 1}", LISTS, WEIGHTS))
         unit = quantum(earlier.kept[f"projected-{layer + 1}"].metadata["exponent"], self._layer_dtype)
         dtype = self._dtype if is_last else self._layer_dtype
@@ -151,9 +155,7 @@ class Incremental:
             reached = np.zeros(stop - start, np.bool_)
             for name in (LISTS, moved):
                 reached[changed_of(name, start, stop) - start] = True
-            known = max(0, min(stop, earlier.num_items) - start)
-            places = lists.old.places(np.arange(start, start + known))
-            reached[:known] |= rows_with(table.bits, lists.old.rows, places)
+            reached |= lists.lists_with(table.patches[0].bits, start, stop)
             ids = start + np.flatnonzero(reached)
             share = len(ids) / max(1, stop - start)
             own, kept_weights = own_of(share), weights_of(share).rows(ids)
@@ -173,7 +175,7 @@ class Incremental:
                 whole, report = publish(start, stop, ids, made[0])
                 return [whole], {"remade": len(ids), **report}
             numbers = ids.astype(np.uint32)[:, None]
-            report = {"remade": len(ids), **largest(following_names[1], ids, made[1])}
+            report = {"remade": len(ids), "largest": largest_of(made[1])}
             return [numbers, made[0], numbers, made[1]], report
 
         label = f"combine layer {layer + 1} again"
@@ -194,25 +196,74 @@ class Incremental:
         self._step(label, cuts, [Output(schemas.EMBEDDINGS, describe=describe)], make)
 
     def keep(self) -> None:
-        """Write tonight's layers whole, and what they were made of, for the next run to go on from."""
+        """Keep tonight's layers, and what they were made of, for the next run to go on from.
+
+        What the earlier run kept stays the base, as the same files, and what was made again since then becomes one
+        patch; where that has become large, all rows are written anew.
+        """
         for name in kept_names(self._network.num_layers):
-            overlay, told = self._overlay(name), self._told(name)
-            exponent = self._earlier.kept[name].metadata.get("exponent")
+            if _MOST * len(self._patched(name)) > self._num_items:
+                self._keep_whole(name)
+            else:
+                self._keep_patch(name)
 
-            def make(task: Task, overlay: Callable[[float], Overlay] = overlay) -> tuple[Sequence[Made], Report]:
-                ids = np.arange(task["start"], task["stop"])
-                rows = overlay(1.0).rows(ids)
-                return [rows], top_of(ids, rows)
+    def _patched(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.uint32]:
+        """The items [start, stop) of whose rows some night since the base made newer ones, ascending."""
+        kept, again = self._earlier.kept[name], all_ids(self._storage, self._again(name, "ids"))
+        own = again[slice(*np.searchsorted(again, [start, self._num_items if stop is None else stop]))]
+        if kept.ids is None:
+            return own
+        before = all_ids(self._earlier.storage, kept.ids)
+        before = before[slice(*np.searchsorted(before, [start, self._num_items if stop is None else stop]))]
+        return np.union1d(before, own)
 
-            def describe(
-                reports: list[Report], told: dict[str, Any] = told, exponent: int | None = exponent
-            ) -> dict[str, Any]:
-                if exponent is None:
-                    return told
-                tops = {name: [report[name] for report in reports] for name in ("largest", "largest_id")}
-                return {**told, "exponent": exponent, **tops}
+    def _keep_whole(self, name: str) -> None:
+        overlay, told = self._overlay(name), self._told(name)
 
-            self._step(f"keep {name}", self._cuts, [Output(f"{_LAYERS}/{name}", raw=True, describe=describe)], make)
+        def make(task: Task) -> tuple[Sequence[Made], Report]:
+            ids = np.arange(task["start"], task["stop"])
+            rows = overlay(1.0).rows(ids)
+            return [rows], top_of(ids, rows)
+
+        output = Output(parts_of(name)[0], raw=True, describe=self._with_tops(name, told))
+        self._step(f"keep {name}", self._cuts, [output], make)
+
+    def _keep_patch(self, name: str) -> None:
+        overlay, patched, (_, own_ids, own_rows) = self._overlay(name), self._patched, parts_of(name)
+
+        def make(task: Task) -> tuple[Sequence[Made], Report]:
+            ids = patched(name, task["start"], task["stop"])
+            rows = overlay(0.0).rows(ids)
+            return [ids[:, None], rows], top_of(ids, rows)
+
+        outputs = [
+            Output(own_ids, raw=True, describe=lambda _: describe_rows("uint32", 1)),
+            Output(own_rows, raw=True, describe=self._with_tops(name, self._told(name))),
+        ]
+        self._step(f"keep {name}", self._cuts[::_SHARDS], outputs, make)
+        storage, earlier, base = self._storage, self._earlier.storage, self._earlier.kept[name].base
+        begin(storage, base.dataset)
+
+        def share(task: Task) -> Task:
+            for shard in base.shards[task["first"] : task["first"] + _FILES]:
+                storage.copy_from(earlier, f"{base.dataset}/{shard.name}")
+            return {}
+
+        tasks = [{"first": first} for first in range(0, len(base.shards), _FILES)]
+        run_tasks(self._spark, tasks, share, f"inference: base of {name}")
+        commit(storage, base.dataset, base.shards, self._lineage, {**base.metadata, PATCHED: True})
+
+    def _with_tops(self, name: str, told: dict[str, Any]) -> Callable[[list[Report]], dict[str, Any]]:
+        """Metadata of rows that were kept: of a layer with its exponent and every shard's largest value."""
+        exponent = self._earlier.kept[name].metadata.get("exponent")
+
+        def describe(reports: list[Report]) -> dict[str, Any]:
+            if exponent is None:
+                return told
+            tops = {name: [report[name] for report in reports] for name in ("largest", "largest_id")}
+            return {**told, "exponent": exponent, **tops}
+
+        return describe
 
     # ------------------------------------------------------------------------------------------ parts
 
@@ -261,35 +312,36 @@ class Incremental:
     def _rows(self, name: str, told: dict[str, Any]) -> Output:
         return Output(f"{AGAIN}/{name}-rows", raw=True, describe=lambda _: told)
 
-    def _largest(self, name: str, ids: NDArray[np.int64], made: Array) -> Report:
-        """The largest value of what was made, and which shards of the earlier layer lose their largest by it."""
-        tops = np.isin(self._earlier.kept[name].metadata["largest_id"], ids)
-        return {"largest": largest_of(made), "tops": np.flatnonzero(tops).tolist()}
-
     def _check_scale(self, name: str, reports: list[Report]) -> None:
         """TooDifferentError if the layer's largest value, as it is now, is in another power of two."""
-        earlier, storage = self._earlier, self._storage
-        old = earlier.kept[name]
-        lost = sorted({shard for report in reports for shard in report["tops"]})
-        kept = [float(value) for shard, value in enumerate(old.metadata["largest"]) if shard not in lost]
-        made = [float(report["largest"]) for report in reports]
-        exponent = exponent_of(max([*kept, *made], default=0.0))
-        if exponent < old.metadata["exponent"] and lost:
-            ids = self._again(name, "ids")
-            firsts = np.concatenate([[0], np.cumsum([shard.rows for shard in old.shards])])
+        known, lost = [float(report["largest"]) for report in reports], []
+        for place, (rows, _, newer) in enumerate(self._parts(name)):
+            gone = np.isin(rows.metadata["largest_id"], newer)
+            pairs = zip(rows.metadata["largest"], gone, strict=True)
+            known += [float(value) for value, is_gone in pairs if not is_gone]
+            lost += [{"part": place, "shard": int(shard)} for shard in np.flatnonzero(gone)]
+        former, exponent = self._earlier.kept[name].metadata["exponent"], exponent_of(max(known, default=0.0))
+        if exponent < former and lost:
+            parts_of_layer, earlier = partial(self._parts, name), self._earlier.storage
 
             def look(task: Task) -> Task:
-                rows = read_own_rows(earlier.storage, old, task["shard"])
-                own = np.ones(len(rows), np.bool_)
-                gone = all_ids(storage, ids).astype(np.int64) - firsts[task["shard"]]
-                own[gone[(gone >= 0) & (gone < len(rows))]] = False
-                return {"largest": largest_of(rows[own])}
+                rows, ids, newer = parts_of_layer()[task["part"]]
+                start = sum(shard.rows for shard in rows.shards[: task["shard"]])
+                found = read_own_rows(earlier, rows, task["shard"])
+                own = np.arange(start, start + len(found)) if ids is None else ids[start : start + len(found)]
+                return {"largest": largest_of(found[~np.isin(own, newer)])}
 
-            tasks = [{"shard": shard} for shard in lost]
-            found = run_tasks(self._spark, tasks, look, f"inference: largest values of {name}")
-            exponent = exponent_of(max([*kept, *made, *(result["largest"] for result in found)]))
-        if exponent != old.metadata["exponent"]:
+            found = run_tasks(self._spark, lost, look, f"inference: largest values of {name}")
+            exponent = exponent_of(max([*known, *(result["largest"] for result in found)]))
+        if exponent != former:
             raise TooDifferentError("the largest values of a layer changed by a power of two")
+
+    def _parts(self, name: str) -> list[tuple[Manifest, NDArray[np.uint32] | None, NDArray[np.uint32]]]:
+        """Rows that were kept of a layer, the items that they are of (None: all), and of which there are newer ones."""
+        kept, again = self._earlier.kept[name], all_ids(self._storage, self._again(name, "ids"))
+        if kept.ids is None or kept.rows is None:
+            return [(kept.base, None, again)]
+        return [(kept.base, None, self._patched(name)), (kept.rows, all_ids(self._earlier.storage, kept.ids), again)]
 
     def _step(
         self, label: str, cuts: Sequence[int], outputs: Sequence[Output],

@@ -86,6 +86,21 @@ def test_what_is_written_is_read_again_and_a_second_write_wins(anywhere: Storage
     assert anywhere.names("a/b") == ["c.bin"]
 
 
+def test_an_object_is_shared_with_another_folder_and_outlives_it(anywhere: Storage, tmp_path: Path) -> None:
+    anywhere.write_bytes("folder/object", b"data")
+    here = Storage(str(tmp_path / "elsewhere"))
+    beside = Storage(f"{anywhere.url}/beside")
+    for copy in (here, beside, here):
+        copy.copy_from(anywhere, "folder/object")
+        assert copy.names("folder") == ["object"]
+    anywhere.write_bytes("folder/object", b"other")
+    assert here.read_bytes("folder/object") == beside.read_bytes("folder/object") == b"data"
+    anywhere.remove("folder/object")
+    assert here.read_bytes("folder/object") == beside.read_bytes("folder/object") == b"data"
+    with pytest.raises(StorageError):
+        here.copy_from(anywhere, "folder/object")
+
+
 @pytest.mark.parametrize("size", [0, 1, 3 << 20])
 def test_a_view_is_of_the_object_as_it_was(anywhere: Storage, size: int) -> None:
     data = os.urandom(size)

@@ -27,6 +27,7 @@ from pipeline.contracts.datasets import (
     write_shard,
 )
 from pipeline.contracts.errors import DataError
+from pipeline.contracts.rows import read_own_rows
 from pipeline.contracts.sharding import shard_bounds
 from pipeline.contracts.storage import Storage
 from pipeline.differences import Noting
@@ -151,6 +152,63 @@ def test_what_changed_is_made_again_to_the_bytes_of_a_whole_run(
     whole.delete(schemas.EMBEDDINGS.name)
     changed.store(whole, 3)
     np.testing.assert_array_equal(chained, embed(spark, whole, network, **inference)[0])
+
+
+@pytest.mark.parametrize("reduction", ["sum", "max"])
+def test_a_chain_of_nights_ends_where_a_whole_run_does(spark: SparkContext, tmp_path: Path, reduction: str) -> None:
+    """What is kept is a base, shared by all nights, and one patch, until that has a quarter of the items."""
+    network, world, random = PlainNetwork(2), World(200), np.random.default_rng(5)
+    network.reduction = reduction
+    last = Storage(str(tmp_path / "night-0"))
+    world.store(last, 4)
+    embed(spark, last, network)
+    base = Path(last.url) / "layers" / "projected-1"
+    inodes = {file.name: file.stat().st_ino for file in base.glob("*.rows")}
+    patched = []
+    for night in range(1, 6):
+        more = World(200 + 3 * night)
+        more.features[: len(world.lists)], more.lists[: len(world.lists)] = world.features, world.lists
+        world = more
+        some = random.permutation(200)[:3]
+        world.features[some] *= np.float32(0.75)
+        world.lists[int(random.integers(200))] = random.permutation(len(world.lists))[:4].tolist()
+        here, whole = Storage(str(tmp_path / f"night-{night}")), Storage(str(tmp_path / f"whole-{night}"))
+        world.store(here, 4, previous=last)
+        world.store(whole, 4)
+        found, told = embed(spark, here, network, previous=last)
+        np.testing.assert_array_equal(found, embed(spark, whole, network)[0])
+        assert "remade" in told
+        kept = [open_manifest(here, f"layers/{name}") for name in ("projected-1", "projected-2")]
+        patched.append([manifest.metadata.get("patched", False) for manifest in kept])
+        assert kept[0].num_rows == 200
+        files = list((Path(here.url) / "layers" / "projected-1").glob("*.rows"))
+        assert {file.name: file.stat().st_ino for file in files} == inodes
+        last.delete(schemas.LAYERS.name)  # as when a night has ended: what tonight has of it stays
+        last = here
+    assert patched[0] == [True, True]
+    assert [True, False] in patched  # of the second layer more than a quarter was made again by then
+
+
+def test_a_largest_value_that_is_in_a_patch_is_missed_when_it_goes(
+    spark: SparkContext, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    network, world = PlainNetwork(2), World(60)
+    first, second, third, whole = (Storage(str(tmp_path / name)) for name in ("first", "second", "third", "whole"))
+    world.features[5] *= np.float32(100)
+    world.store(first, 2)
+    embed(spark, first, network)
+    world.features[5] *= np.float32(1.001)
+    world.store(second, 2, previous=first)
+    assert "remade" in embed(spark, second, network, previous=first)[1]
+    assert 5 in read_own_rows(second, open_manifest(second, "layers/projected-1-ids"), 0)
+    world.features[5] /= np.float32(100)
+    for storage, previous in ((third, second), (whole, None)):
+        world.store(storage, 2, previous=previous)
+    capfd.readouterr()
+    found, told = embed(spark, third, network, previous=second)
+    assert "largest values of a layer changed by a power of two" in capfd.readouterr().err
+    assert "remade" not in told
+    np.testing.assert_array_equal(found, embed(spark, whole, network)[0])
 
 
 def test_nothing_changed_nothing_is_made(spark: SparkContext, tmp_path: Path) -> None:
