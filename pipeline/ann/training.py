@@ -179,8 +179,7 @@ def two_levels(sample: Floats, number: int, seed: int) -> Floats:
 
 
 def polished(centroids: Floats, sample: Floats) -> Floats:
-    """One round of k-means over all centroids [number, d]: each is moved to the mean, made a
-    unit vector, of the vectors nearest to it.
+    """One round of k-means over all centroids [number, d]: each becomes the mean, as a unit vector, of what is nearest.
 
     Levels keep a vector from centroids of other groups; this lets it go.
     """
