@@ -16,12 +16,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from infra.bench import measure
+from infra.bench.scale import tree_usage
 from pipeline.ann import recall
 from pipeline.ann.choice import count_lists
 from pipeline.ann.parts import list_sizes, omp_threads, split
@@ -184,14 +185,18 @@ def in_process(name: str, command: list[str], file: Path) -> Built | None:
     if file.exists() and note.exists():
         return Built(file, **json.loads(note.read_text()))
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": os.getcwd()}
-    before, load = resource.getrusage(resource.RUSAGE_CHILDREN), os.getloadavg()[0]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if done.returncode or not file.exists():
-        print(f"{name} left out: {(done.stderr or done.stdout).strip()[-400:]}", flush=True)
+    load, used = os.getloadavg()[0], dict[str, float]()
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with ThreadPoolExecutor(1) as pool:
+        said = pool.submit(process.communicate)
+        while not said.done():
+            tree_usage(process.pid, used)  # Spark's workers are nobody's children in the end
+            time.sleep(0.5)
+    output, errors = said.result()
+    if process.returncode or not file.exists():
+        print(f"{name} left out: {(errors or output).strip()[-400:]}", flush=True)
         return None
-    seconds = json.loads(done.stdout.strip().splitlines()[-1])["seconds"]
-    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    seconds, spent = json.loads(output.strip().splitlines()[-1])["seconds"], sum(used.values())
     print(f"{name:12} built in {seconds:7.1f} s ({spent:.0f} core-s), {file.stat().st_size:,} bytes; load {load:.1f}")
     sys.stdout.flush()
     note.write_text(json.dumps({"seconds": seconds, "core_seconds": spent, "load": load}))
