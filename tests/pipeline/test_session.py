@@ -64,8 +64,8 @@ from pipeline.contracts.config import SparkResources
 from pipeline.session import session, stop
 from pipeline.spark import run_tasks
 
-spark = session(SparkResources(master="local[1]", driver_memory="1g"), "test", ("colorsys", "cmd"))
-print(run_tasks(spark, [{}], lambda task: {"there": "colorsys" in __import__("sys").modules}, "test"))
+spark = session(SparkResources(master="local[1]", driver_memory="1g"), "test", ("wave", "cmd"))
+print(run_tasks(spark, [{}], lambda task: {"there": "wave" in __import__("sys").modules}, "test"))
 stop(spark)
 """
 
@@ -73,6 +73,6 @@ stop(spark)
 def test_workers_begin_with_the_modules_that_a_session_names() -> None:
     done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.splitlines() == ["[{'there': True}]"]
-    without = IMPORTS.replace(', ("colorsys", "cmd")', "")
+    without = IMPORTS.replace(', ("wave", "cmd")', "")
     done = subprocess.run([sys.executable, "-c", without], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.splitlines() == ["[{'there': False}]"]
