@@ -38,7 +38,6 @@ _HUGE = 1 << 21
 _MOST_ADDRESSES = 1 << 45
 """A quarter of what a process has, of which gaps may take most."""
 _MADV_RANDOM, _MADV_HUGEPAGE = 1, 14
-_MOST_IN_MEMORY = 0.9
 _DENSE = 0.2
 """Rows of a small page that are read, from which on all of the file may be."""
 
@@ -148,17 +147,6 @@ def is_on_this_host(path: str) -> bool:
     return True
 
 
-def _is_in_memory(library: Any, address: int, size: int) -> bool:
-    """Whether the system holds most of what is mapped there.
-
-    What it does not is better read in one go: for every huge page that is missing it would first make room, for
-    milliseconds.
-    """
-    pages = np.zeros(-(-size // mmap.PAGESIZE), np.uint8)
-    failed = library.mincore(address, size, pages.ctypes.data)
-    return not failed and float((pages & 1).mean()) > _MOST_IN_MEMORY
-
-
 def _map_together(paths: Sequence[str], sizes: Sequence[int], offsets: Sequence[int], advice: int) -> NDArray[np.uint8]:
     """Files as one array of bytes, each at its offset, a multiple of the page size; what lies between is not there.
 
@@ -172,7 +160,6 @@ def _map_together(paths: Sequence[str], sizes: Sequence[int], offsets: Sequence[
     ]  # fmt: skip
     library.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    library.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
     total = max((offset + size for offset, size in zip(offsets, sizes, strict=True)), default=0)
     if not total:
         return np.zeros(0, np.uint8)
@@ -202,10 +189,7 @@ def _map_together(paths: Sequence[str], sizes: Sequence[int], offsets: Sequence[
                     "manifest was written; run `pinsage inference --force`"
                 )
             place(base + offset, size, mmap.PROT_READ, _FIXED, file, path)
-            if advice == _MADV_HUGEPAGE and not _is_in_memory(library, base + offset, size):
-                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
-            else:
-                library.madvise(base + offset, size, advice)  # only advice: a system may not know it
+            library.madvise(base + offset, size, advice)  # only advice: a system may not know it
         finally:
             os.close(file)
     return np.ctypeslib.as_array(memory)
