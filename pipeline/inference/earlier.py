@@ -56,10 +56,6 @@ class Earlier:
     embeddings: Manifest
     kept: dict[str, Kept]
 
-    @property
-    def num_items(self) -> int:
-        return self.embeddings.num_rows
-
 
 def find_earlier(
     storage: Storage, settings: Settings, lineage: Lineage, network: Network
