@@ -154,7 +154,7 @@ class Incremental:
             table, lists = messages(1.0), lists_of(1.0)
             reached = np.zeros(stop - start, np.bool_)
             for name in (LISTS, moved):
-                reached[changed_of(name, start, stop) - start] = True
+                reached[changed_of(name, start, stop).astype(np.int64) - start] = True
             reached |= lists.lists_with(table.patches[0].bits, start, stop)
             ids = start + np.flatnonzero(reached)
             share = len(ids) / max(1, stop - start)
@@ -209,23 +209,21 @@ class Incremental:
 
     def _patched(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.uint32]:
         """The items [start, stop) of whose rows some night since the base made newer ones, ascending."""
-        kept, again = self._earlier.kept[name], all_ids(self._storage, self._again(name, "ids"))
-        own = again[slice(*np.searchsorted(again, [start, self._num_items if stop is None else stop]))]
+        stop = self._num_items if stop is None else stop
+        kept, again = self._earlier.kept[name], self._made_again(name, start, stop)
         if kept.ids is None:
-            return own
-        before = all_ids(self._earlier.storage, kept.ids)
-        before = before[slice(*np.searchsorted(before, [start, self._num_items if stop is None else stop]))]
-        return np.union1d(before, own)
+            return again
+        return np.union1d(_within(all_ids(self._earlier.storage, kept.ids), start, stop), again)
 
     def _keep_whole(self, name: str) -> None:
-        overlay, told = self._overlay(name), self._told(name)
+        overlay = self._overlay(name)
 
         def make(task: Task) -> tuple[Sequence[Made], Report]:
             ids = np.arange(task["start"], task["stop"])
             rows = overlay(1.0).rows(ids)
             return [rows], top_of(ids, rows)
 
-        output = Output(parts_of(name)[0], raw=True, describe=self._with_tops(name, told))
+        output = Output(parts_of(name)[0], raw=True, describe=self._with_tops(name))
         self._step(f"keep {name}", self._cuts, [output], make)
 
     def _keep_patch(self, name: str) -> None:
@@ -238,7 +236,7 @@ class Incremental:
 
         outputs = [
             Output(own_ids, raw=True, describe=lambda _: describe_rows("uint32", 1)),
-            Output(own_rows, raw=True, describe=self._with_tops(name, self._told(name))),
+            Output(own_rows, raw=True, describe=self._with_tops(name)),
         ]
         self._step(f"keep {name}", self._cuts[::_SHARDS], outputs, make)
         storage, earlier, base = self._storage, self._earlier.storage, self._earlier.kept[name].base
@@ -253,9 +251,9 @@ class Incremental:
         run_tasks(self._spark, tasks, share, f"inference: base of {name}")
         commit(storage, base.dataset, base.shards, self._lineage, {**base.metadata, PATCHED: True})
 
-    def _with_tops(self, name: str, told: dict[str, Any]) -> Callable[[list[Report]], dict[str, Any]]:
+    def _with_tops(self, name: str) -> Callable[[list[Report]], dict[str, Any]]:
         """Metadata of rows that were kept: of a layer with its exponent and every shard's largest value."""
-        exponent = self._earlier.kept[name].metadata.get("exponent")
+        told, exponent = self._told(name), self._earlier.kept[name].metadata.get("exponent")
 
         def describe(reports: list[Report]) -> dict[str, Any]:
             if exponent is None:
@@ -280,11 +278,9 @@ class Incremental:
 
         return open_own
 
-    def _made_again(self, name: str, start: int, stop: int) -> NDArray[np.int64]:
+    def _made_again(self, name: str, start: int, stop: int) -> NDArray[np.uint32]:
         """Which of the items [start, stop) were made again."""
-        ids = all_ids(self._storage, self._again(name, "ids"))
-        low, high = np.searchsorted(ids, [start, stop])
-        return ids[low:high].astype(np.int64)
+        return _within(all_ids(self._storage, self._again(name, "ids")), start, stop)
 
     def _stored(self, vectors: Array, dtype: str, ids: NDArray[np.int64]) -> Array:
         storage, items = self._storage, self._items
@@ -354,3 +350,9 @@ class Incremental:
         return run_step(
             self._spark, self._storage, self._lineage, name, tasks, outputs, make, f"inference: {label}"
         )  # fmt: skip
+
+
+def _within(ids: NDArray[np.uint32], start: int, stop: int) -> NDArray[np.uint32]:
+    """Of ascending ids those in [start, stop)."""
+    low, high = np.searchsorted(ids, [start, stop])
+    return ids[low:high]

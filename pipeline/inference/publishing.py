@@ -137,7 +137,7 @@ class Publisher:
         """A shard, and with what else goes to its report."""
         report = report | {"without_edges": pc.sum(pc.equal(items["degree"], 0)).as_py() or 0}
         if self._is_gone_on_from:
-            report["digest"] = f"{digest_bytes(data):016x}"
+            report["digest"] = _digest(data)
         return Encoded(data, items.num_rows), report
 
     def _drift(self, start: int, keys: pa.ChunkedArray, vectors: Array, rows: pa.Table | None = None) -> Report | None:
@@ -184,11 +184,16 @@ def _drift(now: NDArray[np.float32], then: NDArray[np.float32]) -> Report:
     return {"compared": len(cosines), "cosines": float(cosines.sum()), "moved": int((cosines < STILL).sum())}
 
 
+def _digest(data: bytearray | memoryview) -> str:
+    """As a manifest has it."""
+    return f"{digest_bytes(data):016x}"
+
+
 def _check(shard: Shard, digest: str | None, data: memoryview) -> None:
     """Raise ValueError if a shard's bytes are not those of the digest, or, where none is known, of its checksum."""
     if digest is None:
         shard.check(data)
-    elif len(data) != shard.bytes or f"{digest_bytes(data):016x}" != digest:
+    elif len(data) != shard.bytes or _digest(data) != digest:
         raise ValueError(f"it has {len(data):,} bytes, expected {shard.bytes:,} bytes of another digest")
 
 
