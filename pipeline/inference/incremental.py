@@ -29,12 +29,14 @@ from pipeline.inference.earlier import (
     CONTENT,
     LISTS,
     PATCHED,
+    SUMS,
     WEIGHTS,
     Earlier,
     Overlay,
     all_ids,
     as_kept,
     continued_bounds,
+    keeps_sums,
     kept_names,
     parts_of,
 )
@@ -42,7 +44,7 @@ from pipeline.inference.halves import as_single
 from pipeline.inference.network import Array, Network, filled, in_blocks
 from pipeline.inference.publishing import Publisher
 from pipeline.inference.reducers import key_of, read_lists
-from pipeline.inference.sums import exponent_of, largest_of, quantum, top_of
+from pipeline.inference.sums import exponent_of, largest_of, packed, quantum, scaled, top_of, unpacked
 from pipeline.inference.vectors import as_stored
 from pipeline.spark import Task, run_tasks
 from pipeline.steps import Made, Output, Report, run_step
@@ -87,6 +89,7 @@ class Incremental:
         self._spark, self._storage, self._lineage, self._network = spark, storage, lineage, network
         self._earlier, self._changed, self._cache = earlier, changed, settings.resources.cache
         self._layer_dtype, self._dtype = settings.task.inference.layer_dtype, settings.task.inference.dtype
+        self._keeps = settings.resources.inference.keep_layers
         self._items = open_manifest(storage, schemas.ITEMS)
         self._num_items = self._items.num_rows
         former = [shard.rows for shard in earlier.embeddings.shards]
@@ -143,11 +146,13 @@ class Incremental:
         earlier, is_last = self._earlier, layer + 1 == self._network.num_layers
         own_of, changed_of = self._own(layer), self._made_again
         messages, lists_of, weights_of = map(self._overlay, (f"projected-{layer + 1}", LISTS, WEIGHTS))
+        sums_of = self._sums(layer)
         unit = quantum(earlier.kept[f"projected-{layer + 1}"].metadata["exponent"], self._layer_dtype)
-        dtype = self._dtype if is_last else self._layer_dtype
+        layer_dtype = self._layer_dtype
+        dtype = self._dtype if is_last else layer_dtype
         following_names = [] if is_last else [f"hidden-{layer + 1}", f"projected-{layer + 2}"]
         moved = f"hidden-{layer}" if layer else "projected-1"
-        publish = self._publisher.renewed
+        publish, keeps_last = self._publisher.renewed, is_last and self._keeps and keeps_sums(network)
 
         def make(task: Task) -> tuple[Sequence[Made], Report]:
             start, stop = task["start"], task["stop"]
@@ -160,21 +165,22 @@ class Incremental:
             share = len(ids) / max(1, stop - start)
             own, kept_weights = own_of(share), weights_of(share).rows(ids)
             index, weights = network.lists(layer, np.where(kept_weights > 0, lists.rows(ids), 0), kept_weights)
+            sums = sums_of(table, start, stop, share)
 
             def block(part: slice) -> tuple[Array, ...]:
-                sums = table.sums(index[part], weights[part], unit, network.reduction)
-                pooled = filled(sums, network.block) * np.float32(unit)
+                summed = sums(ids[part], index[part], weights[part])
+                pooled = scaled(filled(summed, network.block), unit)
                 following = network.combine(layer, own(ids[part]), pooled)
                 if is_last:
-                    return (stored(network.head(following), dtype, ids[part]),)
+                    made = stored(network.head(following), dtype, ids[part])
+                    return (made, packed(summed, layer_dtype)) if keeps_last else (made,)
                 kept = stored(following, dtype, ids[part])
                 return kept, stored(network.project(layer + 1, as_single(kept)), dtype, ids[part])
 
-            made = in_blocks(block, len(ids), network.block)
+            made, numbers = in_blocks(block, len(ids), network.block), ids.astype(np.uint32)[:, None]
             if is_last:
                 whole, report = publish(start, stop, ids, made[0])
-                return [whole], {"remade": len(ids), **report}
-            numbers = ids.astype(np.uint32)[:, None]
+                return [whole, *([numbers, made[1]] if keeps_last else [])], {"remade": len(ids), **report}
             report = {"remade": len(ids), "largest": largest_of(made[1])}
             return [numbers, made[0], numbers, made[1]], report
 
@@ -193,7 +199,38 @@ class Incremental:
             made = sum(report["remade"] for report in reports)
             return {**publisher.describe(reports), "remade": {**before, "embeddings": made}}
 
-        self._step(label, cuts, [Output(schemas.EMBEDDINGS, describe=describe)], make)
+        sums = [self._ids(SUMS), self._rows(SUMS, self._told(SUMS))] if keeps_last else []
+        self._step(label, cuts, [Output(schemas.EMBEDDINGS, describe=describe), *sums], make)
+
+    def _sums(self, layer: int) -> Callable[..., Callable[..., NDArray[np.int32]]]:
+        """In a task, of a table of messages, the items [start, stop) and the share of them that is reached: a function
+        of ids [n], index and weights [n, T], to their sums [n, m].
+
+        In the last layer those of last night, as far as its lists stay, with what was made again put in its place.
+        """
+        network, changed_of, dtype = self._network, self._made_again, self._layer_dtype
+        unit = quantum(self._earlier.kept[f"projected-{layer + 1}"].metadata["exponent"], dtype)
+        former = self._former(SUMS) if layer + 1 == network.num_layers and keeps_sums(network) else None
+
+        def open_sums(table: Overlay, start: int, stop: int, share: float) -> Callable[..., NDArray[np.int32]]:
+            def whole(index: NDArray[np.integer], weights: NDArray[np.float32]) -> NDArray[np.int32]:
+                return table.sums(*_flat(index, weights), unit, network.reduction)
+
+            if former is None:
+                return lambda ids, index, weights: whole(index, weights)
+            kept, others = former(share), changed_of(LISTS, start, stop)
+
+            def some(ids: NDArray[np.int64], index: Array, weights: Array) -> NDArray[np.int32]:
+                stays = ~np.isin(ids, others)
+                sums = unpacked(kept.rows(np.where(stays, ids, 0)), dtype)
+                table.renew(sums, *_flat(index, np.where(stays[:, None], weights, np.float32(0))), unit)
+                if not stays.all():
+                    sums[~stays] = whole(index[~stays], weights[~stays])
+                return sums
+
+            return some
+
+        return open_sums
 
     def keep(self) -> None:
         """Keep tonight's layers, and what they were made of, for the next run to go on from.
@@ -201,7 +238,7 @@ class Incremental:
         What the earlier run kept stays the base, as the same files, and what was made again since then becomes one
         patch; where that has become large, all rows are written anew.
         """
-        for name in kept_names(self._network.num_layers):
+        for name in kept_names(self._network):
             if _MOST * len(self._patched(name)) > self._num_items:
                 self._keep_whole(name)
             else:
@@ -292,9 +329,14 @@ class Incremental:
 
     def _overlay(self, name: str) -> Callable[[float], Overlay]:
         """What was kept as it is tonight: to be opened in a task that reads a share of its rows."""
-        earlier, cache, storage = self._earlier, self._cache, self._storage
-        parts, num_items = (self._again(name, "ids"), self._again(name, "rows")), self._num_items
-        return lambda share: Overlay.open(earlier, name, storage, *parts, num_items, cache, share)
+        earlier, cache, num_items = self._earlier, self._cache, self._num_items
+        newer = (self._storage, self._again(name, "ids"), self._again(name, "rows"))
+        return lambda share: Overlay.open(earlier, name, num_items, cache, share, newer)
+
+    def _former(self, name: str) -> Callable[[float], Overlay]:
+        """What was kept as it was: to be opened in a task that reads a share of its rows."""
+        earlier, cache, num_items = self._earlier, self._cache, self._num_items
+        return lambda share: Overlay.open(earlier, name, num_items, cache, share)
 
     def _width(self, name: str) -> int:
         return int(self._earlier.kept[name].metadata["width"])
@@ -350,6 +392,13 @@ class Incremental:
         return run_step(
             self._spark, self._storage, self._lineage, name, tasks, outputs, make, f"inference: {label}"
         )  # fmt: skip
+
+
+def _flat(
+    index: NDArray[np.integer], weights: NDArray[np.float32]
+) -> tuple[NDArray[np.int64], NDArray[np.integer], NDArray[np.float32]]:
+    """Lists [n, T] one after the other: where each begins and ends, ids and weights."""
+    return np.arange(len(index) + 1) * index.shape[1], index.reshape(-1), weights.reshape(-1)
 
 
 def _within(ids: NDArray[np.uint32], start: int, stop: int) -> NDArray[np.uint32]:

@@ -30,6 +30,7 @@ from pipeline.contracts.rows import Table
 from pipeline.contracts.sharding import count_shards, shard_bounds
 from pipeline.contracts.storage import Storage
 from pipeline.contracts.vectors import read_vectors
+from pipeline.inference.members import places_of
 from pipeline.inference.network import Array, Lists, Network
 from pipeline.inference.publishing import Publisher
 from pipeline.inference.sums import add_rows
@@ -101,7 +102,7 @@ class Gather:
             start, stop = bounds(shard)
             index, weights = network.lists(layer, *read_lists(read_rows(storage, neighbours, start, stop)))
             table = _map_once(Rows.of(storage, projected, cache))
-            places, length = table.places(index), index.shape[1]
+            places, length = places_of(table, index, weights), index.shape[1]
 
             def some(part: slice) -> NDArray[np.int32]:
                 own, shares = places[part], weights[part]

@@ -39,7 +39,7 @@ from pipeline.exchange import each_block, gather
 from pipeline.inference.network import Array, Network
 from pipeline.inference.publishing import Publisher
 from pipeline.inference.reducers import Sums, key_of, read_lists
-from pipeline.inference.sums import WIRE_BYTES, add_rows
+from pipeline.inference.sums import WIRE_BYTES, add_rows, packed, unpacked
 from pipeline.spark import Task
 from pipeline.steps import BlockStream, Made, Output, Report, run_step
 
@@ -239,7 +239,8 @@ class Shuffle:
         partial = self._send_sums(layer, projected, unit, kind)
         messages = self._collect_hubs(layer, width)
         storage, cache, edges, reduction = self._storage, self._cache, self._edges, self._network.reduction
-        schema = _partial_schema(width, self._dtype)
+        dtype = self._dtype
+        schema = _partial_schema(width, dtype)
 
         def of(shard: int) -> Sums:
             out = np.zeros((edges.ids.shards[shard].rows, width), np.int32)
@@ -251,7 +252,7 @@ class Shuffle:
                 add_rows(table.rows, indptr, table.places(slots), weights, unit, out, reduction)
             for block in each_block(storage, partial, shard, schema):
                 places = block.column("place").to_numpy()
-                sums = unpacked(block.column("sums"), width)
+                sums = _from_column(block.column("sums"), dtype)
                 if reduction == "sum":
                     out[places] += sums
                 else:
@@ -281,7 +282,7 @@ class Shuffle:
                         sources = np.searchsorted(ids, own.column("source").to_numpy())
                         weights = own.column(kind).to_numpy()
                         add_rows(rows, np.append(firsts, len(places)), sources, weights, unit, out, reduction)
-                        sums = packed(out, dtype)
+                        sums = _as_column(out, dtype)
                         sent["bytes"] += sums.nbytes + 4 * len(firsts)
                         yield destination, pa.table({"place": places[firsts], "sums": sums})
 
@@ -362,24 +363,19 @@ def find_hubs(hubs: NDArray[np.integer], items: NDArray[np.integer]) -> tuple[ND
     return slots, is_hub
 
 
-def packed(sums: NDArray[np.int32], dtype: str) -> pa.Array:
-    """Sums [n, m] as they are sent: of every integer the bytes that it has, low ones first."""
-    kept = np.ascontiguousarray(
-        sums.astype("<i4", copy=False).view(np.uint8).reshape(*sums.shape, 4)[:, :, : WIRE_BYTES[dtype]]
-    )
-    size = kept.shape[1] * kept.shape[2]
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(size), len(kept), [None, pa.py_buffer(kept)])
+def _as_column(sums: NDArray[np.int32], dtype: str) -> pa.Array:
+    """Sums [n, m] as a column of bytes."""
+    rows = packed(sums, dtype)
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(rows.shape[1]), len(rows), [None, pa.py_buffer(rows)])
 
 
-def unpacked(column: pa.ChunkedArray, width: int) -> NDArray[np.int32]:
-    """What was packed."""
+def _from_column(column: pa.ChunkedArray, dtype: str) -> NDArray[np.int32]:
+    """What was a column of bytes."""
     array = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
     size = array.type.byte_width
-    data = np.frombuffer(array.buffers()[1], np.uint8, len(array) * size, array.offset * size)
-    found = np.zeros((len(array), width, 4), np.uint8)
-    found[:, :, : size // width] = data.reshape(len(array), width, -1)
-    sums: NDArray[np.int32] = found.view("<i4")[:, :, 0]
-    return sums
+    return unpacked(
+        np.frombuffer(array.buffers()[1], np.uint8, len(array) * size, array.offset * size).reshape(-1, size), dtype
+    )
 
 
 def _partial_schema(width: int, dtype: str) -> pa.Schema:

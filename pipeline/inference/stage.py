@@ -33,12 +33,21 @@ from pipeline.contracts.datasets import (
 from pipeline.contracts.rows import describe_rows, read_own_rows
 from pipeline.contracts.storage import Storage
 from pipeline.inference.choice import make_reducer
-from pipeline.inference.earlier import CONTENT, LISTS, WEIGHTS, as_kept, find_earlier, num_neighbours
+from pipeline.inference.earlier import (
+    CONTENT,
+    LISTS,
+    SUMS,
+    WEIGHTS,
+    as_kept,
+    find_earlier,
+    keeps_sums,
+    num_neighbours,
+)
 from pipeline.inference.halves import as_single
 from pipeline.inference.incremental import AGAIN, Incremental, TooDifferentError, find_changes
 from pipeline.inference.network import Array, Network, filled, in_blocks
 from pipeline.inference.reducers import Gather, Reducer, read_lists
-from pipeline.inference.sums import exponent_of, quantum, top_of
+from pipeline.inference.sums import exponent_of, packed, quantum, scaled, top_of
 from pipeline.inference.vectors import as_stored
 from pipeline.spark import Task, say
 from pipeline.steps import Made, Output, Report, run_step
@@ -161,26 +170,30 @@ class Layers:
         projected = open_manifest(self.storage, _dataset(f"projected-{layer + 1}"))
         unit = quantum(projected.metadata["exponent"], self.layer_dtype)
         sums, made_of, ids_of = self.reducer.sums(layer, projected, unit), self.reducer.made_of, self.reducer.ids
+        keeps, layer_dtype = is_last and self.keeps and keeps_sums(network), self.layer_dtype
 
         def make(task: Task) -> tuple[Sequence[Made], Report]:
             shard = task["shard"]
             (count, own), keep, summed = hidden(shard), stored(shard), sums(shard)
 
             def block(part: slice) -> tuple[Array, ...]:
-                pooled = filled(summed(part), network.block) * np.float32(unit)
-                following = network.combine(layer, own(part), pooled)
+                own_sums = summed(part)
+                following = network.combine(layer, own(part), scaled(filled(own_sums, network.block), unit))
                 if is_last:
-                    return (keep(part, network.head(following)),)
+                    made = keep(part, network.head(following))
+                    return (made, packed(own_sums, layer_dtype)) if keeps else (made,)
                 kept = keep(part, following)
                 return kept, keep(part, network.project(layer + 1, as_single(kept)))
 
             made = in_blocks(block, count, network.block)
             if is_last:
                 rows, report = made_of(shard, made[0])
-                return [rows], report
+                return [rows, *made[1:]], {**report, "packed_width": made[1].shape[1] if keeps else 0}
             return made, _widths(ids_of(shard), hidden=made[0], projected=made[1])
 
         outputs = [self.reducer.embedded()]
+        if keeps:
+            outputs.append(Output(_dataset(SUMS), raw=True, describe=_describe_sums))
         if not is_last:
             outputs = [self._raw(f"hidden-{layer + 1}", "hidden"), self._raw(f"projected-{layer + 2}", "projected")]
         self._step(f"combine layer {layer + 1}", outputs, make)
@@ -249,6 +262,10 @@ def _standardised(network: Network, ids: NDArray[np.int64], features: Array) -> 
 
 def _step_name(label: str) -> str:
     return _dataset(f"step-{label.replace(' ', '-')}")
+
+
+def _describe_sums(reports: list[Report]) -> dict[str, Any]:
+    return describe_rows("uint8", reports[0]["packed_width"])
 
 
 def _dataset(name: str) -> str:

@@ -17,14 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.inference.halves import widened
+from pipeline.inference.lanes import LANES, ROWS, add_lanes
 from pipeline.mixing import read_only
 from pipeline.walk_kernel import prefetch
 
 BITS = {"float32": 30, "float16": 22}
 """Of a sum, by the layer's stored type."""
 WIRE_BYTES = {"float32": 4, "float16": 3}
-"""Of a sum, when it is sent."""
-_AHEAD = 8
+"""Of a sum, when it is sent or kept."""
+_AHEAD = 4
 """Neighbours that are asked for before they are needed."""
 _LINE = 64
 
@@ -66,7 +67,7 @@ def add_rows(
 ) -> None:
     """Add to out [n, m] every list's weighted rows of a layer [R, m], float16 or float32, in multiples of unit.
 
-    List i is places and weights [indptr[i]:indptr[i + 1]]; what weighs 0 adds nothing and may point at any row. With
+    List i is places and weights [indptr[i]:indptr[i + 1]]; what weighs 0 adds nothing, and points at any row. With
     reduction `max` every value of out becomes the largest of itself and the list's, whatever they weigh.
     """
     stored = rows.view(np.uint16) if rows.dtype == np.float16 else rows
@@ -77,24 +78,75 @@ def add_rows(
         _largest(read_only(stored), bounds, found, read_only(weights), np.float32(1 / unit), out)
 
 
+def scaled(sums: NDArray[np.int32], unit: float) -> NDArray[np.float32]:
+    """What the sums stand for, as float32, rounded once: the unit is a power of two."""
+    values = sums.astype(np.float32)
+    values *= np.float32(unit)
+    return values
+
+
+def packed(sums: NDArray[np.int32], dtype: str) -> NDArray[np.uint8]:
+    """Sums [n, m] as they are sent or kept: of every integer the bytes that it has, low ones first."""
+    if WIRE_BYTES[dtype] == 4:
+        return np.ascontiguousarray(sums, "<i4").view(np.uint8)
+    result = np.empty((len(sums), 3 * sums.shape[1]), np.uint8)
+    _pack(read_only(sums).reshape(-1), result.reshape(-1))
+    return result
+
+
+def unpacked(data: NDArray[np.uint8], dtype: str) -> NDArray[np.int32]:
+    """What was packed; to be written to."""
+    if WIRE_BYTES[dtype] == 4:
+        whole: NDArray[np.int32] = data.view("<i4").astype(np.int32)
+        return whole
+    result = np.empty((len(data), data.shape[1] // 3), np.int32)
+    _unpack(read_only(data).reshape(-1), result.reshape(-1))
+    return result
+
+
+@numba.njit(nogil=True, cache=True)
+def _pack(sums: Any, data: Any) -> None:
+    for k in range(len(sums)):
+        for byte in range(3):
+            data[3 * k + byte] = np.uint8((sums[k] >> (8 * byte)) & 255)
+
+
+@numba.njit(nogil=True, cache=True)
+def _unpack(data: Any, sums: Any) -> None:
+    for k in range(len(sums)):
+        low, middle, high = np.int32(data[3 * k]), np.int32(data[3 * k + 1]), np.int32(data[3 * k + 2])
+        sums[k] = low | (middle << np.int32(8)) | (high << np.int32(16))
+
+
 @numba.njit(nogil=True, cache=True)
 def _add(rows: Any, indptr: Any, places: Any, weights: Any, out: Any) -> None:
-    """Two neighbours at a time: half the reads and writes of the sums."""
-    width, half, step, flat = rows.shape[1], np.float32(0.5), _LINE // rows.itemsize, rows.reshape(-1)
+    """Four neighbours at a time: a quarter of the reads and writes of the sums."""
+    width, step, flat, sums, none = (
+        rows.shape[1],
+        _LINE // rows.itemsize,
+        rows.reshape(-1),
+        out.reshape(-1),
+        len(places),
+    )
+    whole, nothing = width // LANES * LANES, np.float32(0)
     for i in range(len(indptr) - 1):
-        sums = out[i]
-        for at in range(indptr[i], indptr[i + 1], 2):
-            for ahead in range(at + _AHEAD, min(at + _AHEAD + 2, len(places))):
+        stop = indptr[i + 1]
+        for at in range(indptr[i], stop, ROWS):
+            for ahead in range(at + _AHEAD, min(at + _AHEAD + ROWS, none)):
                 for line in range(0, width, step):
                     prefetch(flat, places[ahead] * width + line)
-            has_two = at + 1 < indptr[i + 1]
-            second = at + 1 if has_two else at
-            wa, wb = weights[at], weights[second] if has_two else np.float32(0.0)
-            if wa == 0 and wb == 0:
+            b, c, d = min(at + 1, stop - 1), min(at + 2, stop - 1), min(at + 3, stop - 1)
+            wb, wc = weights[b] if b > at else nothing, weights[c] if c > b else nothing
+            shares = (weights[at], wb, wc, weights[d] if d > c else nothing)
+            if shares == (nothing, nothing, nothing, nothing):
                 continue
-            a, b = rows[places[at]], rows[places[second]]
-            for j in range(width):
-                sums[j] += np.int32(wa * widened(a[j]) + half) + np.int32(wb * widened(b[j]) + half)
+            first = (places[at] * width, places[b] * width, places[c] * width, places[d] * width)
+            for j in range(0, whole, LANES):
+                own = (first[0] + j, first[1] + j, first[2] + j, first[3] + j)
+                add_lanes(sums, i * width + j, flat, own, shares)
+            for j in range(whole, width):
+                for k in range(ROWS):
+                    sums[i * width + j] += np.int32(shares[k] * widened(flat[first[k] + j]) + np.float32(0.5))
 
 
 @numba.njit(nogil=True, cache=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
-from pipeline.inference.members import as_bits, rows_with, slots_of
+from pipeline.contracts.rows import Table
+from pipeline.inference.members import as_bits, members_of, places_of, rows_with
 from pipeline.inference.sums import largest_of, top_of
 
 
@@ -22,12 +24,26 @@ def test_rows_with_any_of_a_set_are_found() -> None:
 def test_the_places_of_members_are_found_and_of_no_others() -> None:
     random = np.random.default_rng(3)
     members = np.unique(random.integers(0, 1000, 60)).astype(np.uint32)
-    ids = random.integers(0, 1000, (40, 7))
-    slots = slots_of(as_bits(members, 1000), members, ids)
-    assert ((slots >= 0) == np.isin(ids, members)).all()
-    np.testing.assert_array_equal(members[slots[slots >= 0]], ids[slots >= 0])
-    assert 0 < (slots >= 0).sum() < ids.size
-    assert (slots_of(as_bits(members[:0], 1000), members[:0], ids) == -1).all()
+    ids, weights = random.integers(0, 1000, 280), random.integers(0, 2, 280).astype(np.float32)
+    bits, inside = as_bits(members, 1000), np.isin(ids, members)
+    for given, expected in ((None, inside), (weights, inside & (weights > 0))):
+        places, slots = members_of(bits, members, ids, given)
+        assert places.tolist() == np.flatnonzero(expected).tolist()
+        np.testing.assert_array_equal(members[slots], ids[places])
+        assert 0 < len(places) < len(ids)
+    assert members_of(as_bits(members[:0], 1000), members[:0], ids)[0].shape == (0,)
+
+
+@pytest.mark.parametrize("sizes", [[300], [7, 1, 92, 3000, 0, 40], [5] * 4000], ids=["one", "uneven", "many"])
+def test_places_in_a_table_are_those_that_it_names_itself(sizes: list[int]) -> None:
+    random = np.random.default_rng(5)
+    firsts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    starts = np.concatenate([[0], np.cumsum(-(-np.array(sizes) // 64) * 64)[:-1]])
+    table = Table(np.zeros((int(starts[-1]) + sizes[-1], 1), np.float16), firsts, starts)
+    ids = random.integers(0, sum(sizes), (50, 9))
+    assert places_of(table, ids, np.ones(ids.shape, np.float32)).tolist() == table.places(ids).tolist()
+    beyond = np.array([sum(sizes) + 10_000, 3])
+    assert places_of(table, beyond, np.array([0, 1], np.float32)).tolist() == [0, table.places(beyond[1:])[0]]
 
 
 def test_the_largest_half_is_found_by_its_bits() -> None:
