@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from pipeline.mixing import GOLDEN, mix, read_only
 
-_LANES = 8
-"""Digests that are made side by side: one alone waits for its own products."""
+_LANES, _BYTE_LANES = 8, 64
+"""Digests that are made side by side: one alone waits for its own products. Of long data more: twice as fast."""
 
 
 def digest_rows(rows: NDArray[Any]) -> NDArray[np.uint64]:
@@ -39,8 +39,8 @@ def digest_lists(
 def digest_bytes(data: bytes | bytearray | memoryview) -> int:
     """Of all bytes, their order and their number."""
     found = np.frombuffer(data, np.uint8)
-    whole = len(found) // (8 * _LANES) * (8 * _LANES)
-    tail = np.zeros(8 * _LANES, np.uint8)
+    whole = len(found) // (8 * _BYTE_LANES) * (8 * _BYTE_LANES)
+    tail = np.zeros(8 * _BYTE_LANES, np.uint8)
     tail[: len(found) - whole] = found[whole:]
     first, last = (read_only(part.view(np.uint64)) for part in (found[:whole], tail))
     return int(_bytes(first, last, np.uint64(len(found))))
@@ -95,12 +95,12 @@ def _lists(indptr: Any, ids: Any, weights: Any, result: Any) -> None:
 
 @numba.njit(nogil=True, cache=True)
 def _bytes(words: Any, tail: Any, size: Any) -> Any:
-    lanes = np.full(_LANES, GOLDEN, np.uint64)
+    lanes = np.full(_BYTE_LANES, GOLDEN, np.uint64)
     for part in (words, tail):
-        for first in range(0, len(part), _LANES):
-            for lane in range(_LANES):
+        for first in range(0, len(part), _BYTE_LANES):
+            for lane in range(_BYTE_LANES):
                 lanes[lane] = _next(lanes[lane], part[first + lane])
     digest = size
-    for lane in range(_LANES):
+    for lane in range(_BYTE_LANES):
         digest = _next(digest, lanes[lane])
     return mix(digest)

@@ -23,7 +23,7 @@ from scipy.sparse import csr_matrix
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from pipeline.contracts.config import FeatureColumn, Features
-from pipeline.contracts.datasets import arrow_to_lists, open_manifest, read_file
+from pipeline.contracts.datasets import arrow_to_lists, one_array, open_manifest, read_file
 from pipeline.contracts.errors import DataError, ResourceError
 from pipeline.contracts.schemas import ENCODERS
 from pipeline.contracts.storage import Storage
@@ -346,12 +346,6 @@ def _load(url: str, content: str) -> Encoders:
 
 
 # ------------------------------------------------------------------------------------------------ helpers
-
-
-def one_array(column: pa.ChunkedArray) -> pa.Array:
-    """A column as a single array."""
-    array = column.combine_chunks()
-    return pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array
 
 
 def vectors_of(column: pa.Array, width: int) -> Floats:

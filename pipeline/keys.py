@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline.contracts.datasets import Manifest
+from pipeline.contracts.datasets import Manifest, one_array
 from pipeline.contracts.errors import DataError
 from pipeline.contracts.replica import map_values
 from pipeline.contracts.storage import Storage
@@ -81,9 +81,7 @@ def from_table(table: pa.Table) -> Keys:
 
 def hashed(keys: pa.ChunkedArray | pa.Array) -> Keys:
     """Keys of an int64 or string column without nulls."""
-    array = keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
-    if isinstance(array, pa.ChunkedArray):
-        array = pa.concat_arrays(array.chunks)
+    array = one_array(keys)
     if pa.types.is_integer(array.type):
         return Keys(_mixed(array.to_numpy()))
     _, offsets, data = array.buffers()

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.contracts.config import FeatureColumn, InteractionsSource, ItemsSource
-from pipeline.contracts.datasets import list_offsets
+from pipeline.contracts.datasets import list_offsets, one_array
 from pipeline.contracts.errors import DataError
 from pipeline.contracts.schemas import QUARANTINE
 from pipeline.input_files import COMPRESSIONS, InputFile, Piece, check_columns, find_files, peek, read_piece
@@ -361,9 +361,7 @@ def _read_vectors(
 
 def _plain(column: pa.ChunkedArray | pa.Array) -> pa.Array:
     """One array, without dictionary encoding, text as plain string."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    if isinstance(array, pa.ChunkedArray):
-        array = pa.concat_arrays(array.chunks)
+    array = one_array(column)
     if pa.types.is_dictionary(array.type):
         array = array.cast(array.type.value_type)
     return array.cast(pa.string()) if _is_text(array.type) else array

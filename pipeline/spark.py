@@ -68,9 +68,9 @@ def run_tasks(
 
     def run(partition: Iterable[tuple[int, str]]) -> Iterator[tuple[int, str]]:
         _keep_memory()
+        _spare_modules()
         for number, text in partition:
             yield number, _guarded(work, json.loads(text))
-        _spare_modules()
 
     with progress(label, len(rows), spark):
         collected = dict(partitioned.mapPartitions(run).collect())
@@ -94,10 +94,12 @@ _spared = 0
 
 
 def _spare_modules() -> None:
-    """Take what imports made out of garbage collection: Spark's worker collects all after every task, 30 ms of it."""
+    """Take what imports made out of garbage collection: Spark's worker collects all after every task, 30 ms of it.
+
+    Called before a task, when the last one's garbage has just been collected.
+    """
     global _spared
     if len(sys.modules) != _spared:
-        gc.collect()
         gc.freeze()
         _spared = len(sys.modules)
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from pipeline.contracts.datasets import one_array
 from pipeline.contracts.errors import DataError
 
 NEAR_KEYS = 10_000
@@ -35,8 +36,7 @@ def hash_keys(keys: Sequence[str]) -> NDArray[np.uint64]:
 
 def encode_part(keys: pa.ChunkedArray, first: int) -> bytes:
     """The keys of rows [first, first + n), and their hashes in order."""
-    column = keys.cast(pa.large_string()).combine_chunks()
-    column = pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) else column
+    column = one_array(keys.cast(pa.large_string()))
     hashes = hash_keys(column.to_pylist())
     order = np.argsort(hashes, kind="stable")
     table = pa.table(

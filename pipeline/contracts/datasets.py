@@ -447,6 +447,16 @@ def _as_written(storage: Storage, name: str, shard: Shard) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------------ arrays and Arrow
 
 
+def one_array(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    """A column as a single array, without a copy where it is one already: Arrow's own combining makes one always."""
+    if not isinstance(column, pa.ChunkedArray):
+        return column
+    if column.num_chunks == 1:
+        return column.chunk(0)
+    array = column.combine_chunks()
+    return pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array
+
+
 def vectors_to_arrow(matrix: NDArray[np.floating]) -> pa.FixedSizeListArray:
     """[N, width] float32 or float16 as one fixed-size-list column."""
     values = pa.array(np.ascontiguousarray(matrix).reshape(-1))
@@ -456,9 +466,7 @@ def vectors_to_arrow(matrix: NDArray[np.floating]) -> pa.FixedSizeListArray:
 
 def arrow_to_vectors(column: pa.ChunkedArray | pa.FixedSizeListArray) -> NDArray[np.floating]:
     """A fixed-size-list column as [N, width]."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    if isinstance(array, pa.ChunkedArray):
-        array = pa.concat_arrays(array.chunks)
+    array = one_array(column)
     values: NDArray[np.floating] = array.flatten().to_numpy(zero_copy_only=False)
     return values.reshape(len(array), array.type.list_size)
 
@@ -483,9 +491,7 @@ def list_offsets(indptr: NDArray[np.integer]) -> pa.Array:
 
 def arrow_to_lists(column: pa.ChunkedArray | pa.ListArray) -> tuple[NDArray[np.int64], NDArray[Any]]:
     """A list column as (indptr [N + 1], values), with indptr from 0."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    if isinstance(array, pa.ChunkedArray):
-        array = pa.concat_arrays(array.chunks)
+    array = one_array(column)
     offsets = array.offsets.to_numpy().astype(np.int64)
     values = array.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]]
     return offsets - offsets[0], values

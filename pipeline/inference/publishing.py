@@ -95,7 +95,7 @@ class Publisher:
         former, earlier, first = self._former, self._earlier, 0
         for number, shard in enumerate(() if former is None else former.shards):
             if (first, first + shard.rows) == (start, stop) and earlier is not None and former is not None:
-                digest = former.metadata.get("digests", {number: None})[number]
+                digest = former.metadata.get("shard_digests", {number: None})[number]
                 data = view_stored(earlier, former.dataset, shard, partial(_check, shard, digest))
                 found = pq.read_table(pa.BufferReader(data), columns=["key"])["key"]
                 return data if found.equals(keys) else None
@@ -107,7 +107,7 @@ class Publisher:
 
         spread is the mean squared distance from their mean: 0 where all are alike. missing_content counts items by
         column of the content; drift is None where no earlier run has embeddings of the same width. Where layers are
-        kept, digests are of the shards' bytes: the next night copies most of them, and compares these faster than
+        kept, shard_digests are of the shards' bytes: the next night copies most of them, and compares these faster than
         checksums.
         """
         items = sum(report["items"] for report in reports)
@@ -123,7 +123,7 @@ class Publisher:
             "without_edges": sum(report["without_edges"] for report in reports), "missing_content": self._missing,
             "drift": self._described_drift([report["drift"] for report in reports if report["drift"]]),
             "width": len(centre),
-            **({"digests": [report["digest"] for report in reports]} if self._is_gone_on_from else {}),
+            **({"shard_digests": [report["digest"] for report in reports]} if self._is_gone_on_from else {}),
         }  # fmt: skip
 
     def former(self, start: int, stop: int) -> pa.Table | None:

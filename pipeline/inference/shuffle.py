@@ -26,6 +26,7 @@ from pipeline.contracts.datasets import (
     Manifest,
     arrow_to_vectors,
     finished_manifest,
+    one_array,
     open_manifest,
     read_rows,
     read_shard,
@@ -371,7 +372,7 @@ def _as_column(sums: NDArray[np.int32], dtype: str) -> pa.Array:
 
 def _from_column(column: pa.ChunkedArray, dtype: str) -> NDArray[np.int32]:
     """What was a column of bytes."""
-    array = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+    array = one_array(column)
     size = array.type.byte_width
     return unpacked(
         np.frombuffer(array.buffers()[1], np.uint8, len(array) * size, array.offset * size).reshape(-1, size), dtype

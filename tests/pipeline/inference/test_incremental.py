@@ -280,9 +280,9 @@ def test_an_earlier_shard_that_was_changed_is_not_copied(spark: SparkContext, tm
     world.store(first, 2)
     embed(spark, first, network)
     manifest = open_manifest(first, schemas.EMBEDDINGS)
-    assert len(manifest.metadata["digests"]) == len(manifest.shards) == 2
+    assert len(manifest.metadata["shard_digests"]) == len(manifest.shards) == 2
     if not noted:
-        told = {name: value for name, value in manifest.metadata.items() if name != "digests"}
+        told = {name: value for name, value in manifest.metadata.items() if name != "shard_digests"}
         commit(first, schemas.EMBEDDINGS, manifest.shards, manifest.lineage, told)
     world.features[3] += np.float32(0.25)
     world.store(whole, 2)
