@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -194,11 +194,6 @@ class Overlay:
             patches.append(Patch.open(earlier.storage, kept.ids, kept.rows, num_items, cache))
         return cls(old, tuple(patches))
 
-    @property
-    def below(self) -> Overlay:
-        """As it is without the newest patch."""
-        return Overlay(self.old, self.patches[1:])
-
     def rows(self, ids: NDArray[np.integer]) -> Array:
         """Rows [n, width] of items."""
         found = [patch.find(ids) for patch in self.patches]
@@ -221,11 +216,41 @@ class Overlay:
             result[patch.ids[low:high].astype(np.int64) - start] = rows_with(bits, patch.table.rows, places)
         return result
 
-    def sums(
+    def sums(self, index: Array, weights: Array, unit: float, reduction: str) -> NDArray[np.int32]:
+        """Sums [n, m] over lists [n, T] of items."""
+        indptr = np.arange(len(index) + 1) * index.shape[1]
+        return self._sums(indptr, index.reshape(-1), weights.reshape(-1), unit, reduction)
+
+    def renewed(
+        self, former: Callable[[NDArray[np.integer]], NDArray[np.int32]], stays: NDArray[np.bool_], index: Array,
+        weights: Array, unit: float,
+    ) -> NDArray[np.int32]:  # fmt: skip
+        """The same, weighted, made of those that were before the newest patch, which former gives of some lists [k].
+
+        So where a list stays, and less than half of it was made again: that is taken off, and added as it is now.
+        """
+        (size, width), newest = index.shape, self.patches[0]
+        own, places = newest.find(index.reshape(-1), weights.reshape(-1))
+        lists = own // width
+        counts = np.bincount(lists, minlength=size)
+        stays = stays & (2 * counts < width)
+        is_own, kept = stays[lists], np.flatnonzero(stays)
+        own, places, indptr = own[is_own], places[is_own], np.concatenate([[0], np.cumsum(counts[kept])])
+        ids, shares = index.reshape(-1)[own], weights.reshape(-1)[own]
+        sums = former(kept)
+        sums -= Overlay(self.old, self.patches[1:])._sums(indptr, ids, shares, unit, "sum")
+        add_rows(newest.table.rows, indptr, places, shares, unit, sums)
+        if len(kept) == size:
+            return sums
+        result = np.empty((size, sums.shape[1]), np.int32)
+        result[kept], result[~stays] = sums, self.sums(index[~stays], weights[~stays], unit, "sum")
+        return result
+
+    def _sums(
         self, indptr: NDArray[np.integer], ids: NDArray[np.integer], weights: NDArray[np.float32], unit: float,
         reduction: str,
     ) -> NDArray[np.int32]:  # fmt: skip
-        """Sums [n, m] over lists of items [indptr[i]:indptr[i + 1]]: those of all parts, which integers allow."""
+        """Over lists [indptr[i]:indptr[i + 1]]: the sums of all parts, which integers allow."""
         out, left = np.zeros((len(indptr) - 1, self.old.rows.shape[1]), np.int32), weights
         for patch in self.patches:
             own, places = patch.find(ids, left)
@@ -235,17 +260,6 @@ class Overlay:
                 left[own] = 0
         add_rows(self.old.rows, indptr, places_of(self.old, ids, left), left, unit, out, reduction)
         return out
-
-    def renew(
-        self, sums: NDArray[np.int32], indptr: NDArray[np.integer], ids: NDArray[np.integer],
-        weights: NDArray[np.float32], unit: float,
-    ) -> None:  # fmt: skip
-        """Make sums [n, m] over lists that stay, as they were before the newest patch, those of now, in place."""
-        newest = self.patches[0]
-        own, places = newest.find(ids, weights)
-        bounds, shares = np.searchsorted(own, indptr), weights[own]
-        sums -= self.below.sums(bounds, ids[own], shares, unit, "sum")
-        add_rows(newest.table.rows, bounds, places, shares, unit, sums)
 
 
 @lru_cache(maxsize=16)

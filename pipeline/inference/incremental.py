@@ -206,27 +206,22 @@ class Incremental:
         """In a task, of a table of messages, the items [start, stop) and the share of them that is reached: a function
         of ids [n], index and weights [n, T], to their sums [n, m].
 
-        In the last layer those of last night, as far as its lists stay, with what was made again put in its place.
+        In the last layer those of last night, where lists stay, with what was made again put in its place.
         """
         network, changed_of, dtype = self._network, self._made_again, self._layer_dtype
         unit = quantum(self._earlier.kept[f"projected-{layer + 1}"].metadata["exponent"], dtype)
         former = self._former(SUMS) if layer + 1 == network.num_layers and keeps_sums(network) else None
 
         def open_sums(table: Overlay, start: int, stop: int, share: float) -> Callable[..., NDArray[np.int32]]:
-            def whole(index: NDArray[np.integer], weights: NDArray[np.float32]) -> NDArray[np.int32]:
-                return table.sums(*_flat(index, weights), unit, network.reduction)
-
             if former is None:
-                return lambda ids, index, weights: whole(index, weights)
+                return lambda ids, index, weights: table.sums(index, weights, unit, network.reduction)
             kept, others = former(share), changed_of(LISTS, start, stop)
 
             def some(ids: NDArray[np.int64], index: Array, weights: Array) -> NDArray[np.int32]:
-                stays = ~np.isin(ids, others)
-                sums = unpacked(kept.rows(np.where(stays, ids, 0)), dtype)
-                table.renew(sums, *_flat(index, np.where(stays[:, None], weights, np.float32(0))), unit)
-                if not stays.all():
-                    sums[~stays] = whole(index[~stays], weights[~stays])
-                return sums
+                def sums_of(lists: NDArray[np.integer]) -> NDArray[np.int32]:
+                    return unpacked(kept.rows(ids[lists]), dtype)
+
+                return table.renewed(sums_of, ~np.isin(ids, others), index, weights, unit)
 
             return some
 
@@ -392,13 +387,6 @@ class Incremental:
         return run_step(
             self._spark, self._storage, self._lineage, name, tasks, outputs, make, f"inference: {label}"
         )  # fmt: skip
-
-
-def _flat(
-    index: NDArray[np.integer], weights: NDArray[np.float32]
-) -> tuple[NDArray[np.int64], NDArray[np.integer], NDArray[np.float32]]:
-    """Lists [n, T] one after the other: where each begins and ends, ids and weights."""
-    return np.arange(len(index) + 1) * index.shape[1], index.reshape(-1), weights.reshape(-1)
 
 
 def _within(ids: NDArray[np.uint32], start: int, stop: int) -> NDArray[np.uint32]:
