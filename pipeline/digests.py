@@ -36,14 +36,31 @@ def digest_lists(
     return result
 
 
-def digest_bytes(data: bytes | bytearray | memoryview) -> int:
-    """Of all bytes, their order and their number."""
-    found = np.frombuffer(data, np.uint8)
-    whole = len(found) // (8 * _BYTE_LANES) * (8 * _BYTE_LANES)
-    tail = np.zeros(8 * _BYTE_LANES, np.uint8)
-    tail[: len(found) - whole] = found[whole:]
-    first, last = (read_only(part.view(np.uint64)) for part in (found[:whole], tail))
-    return int(_bytes(first, last, np.uint64(len(found))))
+class ByteDigest:
+    """Of bytes that come piece by piece, their order and their number, as hashlib's objects are used.
+
+    All pieces but the last are of a multiple of 512 bytes; else ValueError.
+    """
+
+    def __init__(self) -> None:
+        self._lanes, self._size = np.full(_BYTE_LANES, GOLDEN, np.uint64), 0
+
+    def update(self, data: bytes | bytearray | memoryview) -> None:
+        """Take in what follows."""
+        step = 8 * _BYTE_LANES
+        if len(data) and self._size % step:
+            raise ValueError(f"{len(data):,} bytes follow {self._size:,}, which are no multiple of {step}")
+        found = np.frombuffer(data, np.uint8)
+        whole = len(found) // step * step
+        tail = np.zeros(step if whole < len(found) else 0, np.uint8)
+        tail[: len(found) - whole] = found[whole:]
+        for part in (found[:whole], tail):
+            _take_in(read_only(part.view(np.uint64)), self._lanes)
+        self._size += len(found)
+
+    def hexdigest(self) -> str:
+        """Of all that was taken in: 16 digits."""
+        return f"{int(_folded(self._lanes, np.uint64(self._size))):016x}"
 
 
 @numba.njit(nogil=True, cache=True, inline="always")
@@ -94,13 +111,15 @@ def _lists(indptr: Any, ids: Any, weights: Any, result: Any) -> None:
 
 
 @numba.njit(nogil=True, cache=True)
-def _bytes(words: Any, tail: Any, size: Any) -> Any:
-    lanes = np.full(_BYTE_LANES, GOLDEN, np.uint64)
-    for part in (words, tail):
-        for first in range(0, len(part), _BYTE_LANES):
-            for lane in range(_BYTE_LANES):
-                lanes[lane] = _next(lanes[lane], part[first + lane])
+def _take_in(words: Any, lanes: Any) -> None:
+    for first in range(0, len(words), _BYTE_LANES):
+        for lane in range(_BYTE_LANES):
+            lanes[lane] = _next(lanes[lane], words[first + lane])
+
+
+@numba.njit(nogil=True, cache=True)
+def _folded(lanes: Any, size: Any) -> Any:
     digest = size
-    for lane in range(_BYTE_LANES):
+    for lane in range(len(lanes)):
         digest = _next(digest, lanes[lane])
     return mix(digest)

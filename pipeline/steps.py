@@ -45,7 +45,7 @@ BlockStream = Iterator[tuple[int, pa.Table]]
 class Encoded:
     """A shard as its bytes."""
 
-    data: bytearray | memoryview
+    data: memoryview
     rows: int
 
 
@@ -81,7 +81,7 @@ class Output:
             assert isinstance(made, np.ndarray)
             return write_rows(storage, self.name, number, made, lineage)
         if isinstance(made, Encoded):
-            return write_file(storage, self.name, shard_name(number), memoryview(made.data), lineage, made.rows)
+            return write_file(storage, self.name, shard_name(number), made.data, lineage, made.rows)
         if isinstance(made, tuple):
             return write_blocks(storage, self.name, number, made[0], made[1], self.destinations, lineage)
         if self.destinations:

@@ -23,7 +23,7 @@ _MEMORY = threading.Lock()
 _REFUSALS = {"PreconditionFailed", "412"}
 
 
-def write_if(filesystem: Any, full: str, expected: bytes | None, data: bytes, write: Callable[[], None]) -> bool:
+def write_if(filesystem: Any, full: str, expected: bytes | None, data: bytes, write: Callable[[], object]) -> bool:
     """Store data at full if expected (None: nothing) lies there now; whether it did. write is the plain, whole write.
 
     Contents must never repeat, as a network may lose the answer to a write that was done: tried again it is refused,

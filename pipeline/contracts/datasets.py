@@ -13,13 +13,13 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib import metadata as packages
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -330,8 +330,8 @@ def write_file(
     storage: Storage, name: str, file: str, data: bytes | memoryview, lineage: Lineage, rows: int = 0
 ) -> Shard:
     """Store one file of a dataset that is not a table (a model, an index), with its receipt."""
-    storage.write_bytes(f"{name}/{file}", data)
-    return leave_receipt(storage, name, Shard(file, rows, len(data), hashlib.sha256(data).hexdigest()), lineage)
+    checksum = storage.write_bytes(f"{name}/{file}", data)
+    return leave_receipt(storage, name, Shard(file, rows, len(data), checksum), lineage)
 
 
 def put_large_file(storage: Storage, name: str, file: str, local: str | Path, lineage: Lineage, rows: int = 0) -> Shard:
@@ -419,13 +419,24 @@ def read_stored(storage: Storage, name: str, shard: Shard) -> bytes:
         return storage.read_with(path, shard.check)
 
 
-def view_stored(storage: Storage, name: str, shard: Shard, check: Callable[[memoryview], None]) -> memoryview:
-    """As read_stored, but mapped, where it lies on a local disk, and checked by check, which raises ValueError."""
+class Digest(Protocol):
+    """What hashlib's objects are."""
+
+    def update(self, data: memoryview, /) -> None:
+        """Take in what follows."""
+
+    def hexdigest(self) -> str:
+        """Of all that was taken in."""
+
+
+def load_stored(storage: Storage, name: str, shard: Shard, digest: Digest, expected: str) -> memoryview:
+    """As read_stored, for the caller to change; on a local disk checked by another digest, whose text is known."""
     if not storage.is_local:
-        return memoryview(read_stored(storage, name, shard))
+        return memoryview(bytearray(read_stored(storage, name, shard)))
     with _as_written(storage, name, shard) as path:
-        data = storage.view(path)
-        check(data)
+        data = storage.load(path, digest.update)
+        if len(data) != shard.bytes or digest.hexdigest() != expected:
+            raise ValueError(f"it has {len(data):,} bytes, expected {shard.bytes:,} bytes of another digest")
         return data
 
 

@@ -10,7 +10,6 @@ that the table has unused rows between them: Table.places says where an id is. O
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import mmap
 import os
 import sys
@@ -51,10 +50,8 @@ def write_rows(storage: Storage, name: str, number: int, matrix: NDArray[Any], l
     """Store a matrix [n, width] as one shard, with its receipt; not yet safe from a crash of the machine."""
     data = np.ascontiguousarray(matrix).reshape(-1).view(np.uint8).data
     file = rows_name(number)
-    storage.write_bytes(f"{name}/{file}", data, lasting=False)
-    return leave_receipt(
-        storage, name, Shard(file, len(matrix), data.nbytes, hashlib.sha256(data).hexdigest()), lineage
-    )
+    checksum = storage.write_bytes(f"{name}/{file}", data, lasting=False)
+    return leave_receipt(storage, name, Shard(file, len(matrix), data.nbytes, checksum), lineage)
 
 
 def describe_rows(dtype: str, width: int) -> dict[str, Any]:

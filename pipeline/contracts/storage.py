@@ -14,9 +14,9 @@ from __future__ import annotations
 import ctypes
 import datetime
 import errno
+import hashlib
 import io
 import json
-import mmap
 import os
 import random
 import re
@@ -32,6 +32,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar
 
 import fsspec
+import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.contracts import conditional
@@ -66,9 +67,10 @@ _TIMES = ("mtime", "LastModified", "last_modified", "updated", "modificationTime
 
 
 _LARGE = 1 << 20
+_PIECE = 1 << 20
+"""Bytes that are read or written at a time: a processor's own cache holds them."""
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS, errno.EACCES)
 """What a file system answers that gives a file no second name."""
-_POPULATED = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
 
 
 class Storage:
@@ -118,19 +120,30 @@ class Storage:
                 break
         return data
 
-    def view(self, path: str) -> memoryview:
-        """As read_bytes; of a local disk mapped: as it is now, also if it is replaced later."""
+    def load(self, path: str, look: Callable[[memoryview], object]) -> memoryview:
+        """As read_bytes, for the caller to change; look is shown piece after piece, while the processor has it at hand.
+
+        All pieces but the last are of one size, a multiple of 4096.
+        """
         if not self.is_local:
-            return memoryview(self.read_bytes(path))
+            found = memoryview(bytearray(self.read_bytes(path)))
+            look(found)
+            return found
         full = self.locate(path)
-
-        def look() -> memoryview:
-            with open(full, "rb") as file:
-                if not os.fstat(file.fileno()).st_size:
-                    return memoryview(b"")
-                return memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ, flags=_POPULATED))
-
-        return retry(f"read {full}", look)
+        try:
+            with open(full, "rb", buffering=0) as file:
+                left = data = np.empty(os.fstat(file.fileno()).st_size, np.uint8).data
+                while left:
+                    piece = left[:_PIECE]
+                    if file.readinto(piece) != len(piece):
+                        raise OSError("it became shorter while it was read")
+                    look(piece)
+                    left = left[len(piece) :]
+                return data
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise explain(f"read {full}", error) from error
 
     def read_with(self, path: str, parse: Callable[[bytes], T], span: tuple[int, int] | None = None) -> T:
         """What parse makes of an object, or of a span of it; of bytes not as written it raises ValueError or DataError.
@@ -147,26 +160,34 @@ class Storage:
                     raise
         raise AssertionError("unreachable")
 
-    def write_bytes(self, path: str, data: bytes | memoryview, lasting: bool = True) -> None:
+    def write_bytes(self, path: str, data: bytes | memoryview, lasting: bool = True) -> str:
         """Write the whole object, or nothing: a reader sees the old or the new one (HDFS, SFTP: for a moment none).
 
-        Not lasting: what a run can make again, and a local disk may lose if the machine goes down before it is written.
+        Returns the SHA-256 of the data in hex, made piece by piece while the processor has them at hand. Not lasting:
+        what a run can make again, and a local disk may lose if the machine goes down before it is written.
         """
-        full = self.locate(path)
+        full, checksum = self.locate(path), ""
 
         def write(target: str) -> None:
+            nonlocal checksum
             if not self.is_local:
                 self._filesystem.pipe_file(target, bytes(data))
+                checksum = hashlib.sha256(data).hexdigest()
                 return
+            digest, whole = hashlib.sha256(), memoryview(data).cast("B")
             with open(target, "wb", buffering=0) as file:
-                _reserve(file.fileno(), len(data))
-                left = memoryview(data)
-                while left := left[file.write(left) or 0 :]:
-                    pass
+                _reserve(file.fileno(), len(whole))
+                for first in range(0, len(whole), _PIECE):
+                    left = whole[first : first + _PIECE]
+                    digest.update(left)
+                    while left := left[file.write(left) or 0 :]:
+                        pass
                 if lasting:
                     os.fsync(file.fileno())
+            checksum = digest.hexdigest()
 
         self._store(f"write {full} ({len(data):,} bytes)", full, write)
+        return checksum
 
     def write_if(self, path: str, expected: bytes | None, data: bytes) -> bool:
         """Write the whole object if expected (None: nothing) is what lies there; else do nothing, and say False.

@@ -34,8 +34,8 @@ class Vectors:
     rows: tuple[int, ...]
     offsets: tuple[int, ...]
 
-    def pages(self, data: bytearray | bytes | memoryview) -> list[NDArray[Any]]:
-        """The rows of every page [k, width], as views of the data: to be written to, if those of a bytearray."""
+    def pages(self, data: bytes | memoryview) -> list[NDArray[Any]]:
+        """The rows of every page [k, width], as views of the data: to be written to, if the data can be."""
         return [
             np.frombuffer(data, self.dtype, (stop - start) * self.width, offset).reshape(-1, self.width)
             for start, stop, offset in zip(self.rows[:-1], self.rows[1:], self.offsets, strict=True)
@@ -52,7 +52,7 @@ class Vectors:
         found = [page[rows[low:high] - start] for start, low, high, page in parts]
         return np.concatenate([np.zeros((0, self.width), self.dtype), *found])
 
-    def replace(self, data: bytearray, rows: NDArray[np.integer], vectors: NDArray[Any]) -> None:
+    def replace(self, data: memoryview, rows: NDArray[np.integer], vectors: NDArray[Any]) -> None:
         """Put other vectors [k, width] at some rows [k], ascending, in place. ValueError for another type or width."""
         if vectors.dtype != self.dtype or vectors.shape != (len(rows), self.width):
             raise ValueError(f"vectors {vectors.dtype} {vectors.shape}, expected {self.dtype} of {self.width}")

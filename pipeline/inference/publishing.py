@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+import hashlib
 from typing import Any
 
 import numba
@@ -17,19 +17,18 @@ from pipeline.contracts.config import Settings
 from pipeline.contracts.datasets import (
     Lineage,
     Manifest,
-    Shard,
     arrow_to_vectors,
     encode_table,
     find_manifest,
+    load_stored,
     open_manifest,
     read_rows,
     vectors_to_arrow,
-    view_stored,
 )
 from pipeline.contracts.errors import PipelineError
 from pipeline.contracts.storage import Storage
 from pipeline.contracts.vectors import find_vectors
-from pipeline.digests import digest_bytes
+from pipeline.digests import ByteDigest
 from pipeline.inference.halves import as_single
 from pipeline.inference.network import Array
 from pipeline.mixing import read_only
@@ -86,17 +85,17 @@ class Publisher:
         drift = _drift(as_single(vectors), as_single(places.take(data, ids - start)))
         same = stop - start - len(ids)
         drift = {"compared": stop - start, "cosines": drift["cosines"] + same, "moved": drift["moved"]}
-        copy = bytearray(data)
-        places.replace(copy, ids - start, vectors)
-        return self._made(copy, known, {**_statistics(*places.pages(copy)), "drift": drift})
+        places.replace(data, ids - start, vectors)
+        return self._made(data, known, {**_statistics(*places.pages(data)), "drift": drift})
 
     def _former_bytes(self, start: int, stop: int, keys: pa.ChunkedArray) -> memoryview | None:
-        """The earlier run's shard of just these items; None if it has none, or they had other keys."""
+        """The earlier run's shard of just these items, to be changed; None if it has none, or they had other keys."""
         former, earlier, first = self._former, self._earlier, 0
         for number, shard in enumerate(() if former is None else former.shards):
             if (first, first + shard.rows) == (start, stop) and earlier is not None and former is not None:
-                digest = former.metadata.get("shard_digests", {number: None})[number]
-                data = view_stored(earlier, former.dataset, shard, partial(_check, shard, digest))
+                known = former.metadata.get("shard_digests")
+                digest, expected = (ByteDigest(), known[number]) if known else (hashlib.sha256(), shard.sha256)
+                data = load_stored(earlier, former.dataset, shard, digest, expected)
                 found = pq.read_table(pa.BufferReader(data), columns=["key"])["key"]
                 return data if found.equals(keys) else None
             first += shard.rows
@@ -133,11 +132,13 @@ class Publisher:
             return None
         return read_rows(earlier, former, start, min(stop, former.num_rows), ["key", "embedding"])
 
-    def _made(self, data: bytearray | memoryview, items: pa.Table, report: Report) -> tuple[Encoded, Report]:
+    def _made(self, data: memoryview, items: pa.Table, report: Report) -> tuple[Encoded, Report]:
         """A shard, and with what else goes to its report."""
         report = report | {"without_edges": pc.sum(pc.equal(items["degree"], 0)).as_py() or 0}
         if self._is_gone_on_from:
-            report["digest"] = _digest(data)
+            digest = ByteDigest()
+            digest.update(data)
+            report["digest"] = digest.hexdigest()
         return Encoded(data, items.num_rows), report
 
     def _drift(self, start: int, keys: pa.ChunkedArray, vectors: Array, rows: pa.Table | None = None) -> Report | None:
@@ -182,19 +183,6 @@ def _drift(now: NDArray[np.float32], then: NDArray[np.float32]) -> Report:
     lengths = np.sqrt(products[0] * products[1])
     cosines = np.where(lengths > 0, products[2] / np.where(lengths > 0, lengths, 1), 1.0)
     return {"compared": len(cosines), "cosines": float(cosines.sum()), "moved": int((cosines < STILL).sum())}
-
-
-def _digest(data: bytearray | memoryview) -> str:
-    """As a manifest has it."""
-    return f"{digest_bytes(data):016x}"
-
-
-def _check(shard: Shard, digest: str | None, data: memoryview) -> None:
-    """Raise ValueError if a shard's bytes are not those of the digest, or, where none is known, of its checksum."""
-    if digest is None:
-        shard.check(data)
-    elif len(data) != shard.bytes or _digest(data) != digest:
-        raise ValueError(f"it has {len(data):,} bytes, expected {shard.bytes:,} bytes of another digest")
 
 
 def _statistics(*parts: Array) -> Report:

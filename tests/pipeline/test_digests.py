@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from pipeline.digests import digest_bytes, digest_lists, digest_rows
+from pipeline.digests import ByteDigest, digest_lists, digest_rows
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "uint8"])
@@ -34,15 +34,28 @@ def test_a_list_has_the_same_digest_alone_and_among_others() -> None:
     assert len(np.unique(together[filled])) == filled.sum()
 
 
-@pytest.mark.parametrize("size", [0, 1, 7, 64, 65, 1000])
+def digest(*pieces: bytes | bytearray | memoryview) -> str:
+    """Of bytes that come piece by piece."""
+    made = ByteDigest()
+    for piece in pieces:
+        made.update(piece)
+    return made.hexdigest()
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 512, 513, 1100])
 def test_every_bit_and_the_size_of_some_bytes_count(size: int) -> None:
     data = np.random.default_rng(2).integers(0, 256, size, np.uint8).tobytes()
-    own = digest_bytes(data)
-    assert own == digest_bytes(bytearray(data)) == digest_bytes(memoryview(data))
-    others = {digest_bytes(data + b"\0")}
+    own = digest(data)
+    assert own == digest(bytearray(data)) == digest(memoryview(data)) == digest(data[:512], data[512:])
+    others = {digest(data + b"\0")}
     for place in range(0, 8 * size, 5):
         changed = bytearray(data)
         changed[place // 8] ^= 1 << place % 8
-        others.add(digest_bytes(changed))
+        others.add(digest(changed))
     assert own not in others
     assert len(others) == 1 + len(range(0, 8 * size, 5))
+
+
+def test_nothing_follows_a_piece_of_an_odd_size() -> None:
+    with pytest.raises(ValueError, match="512"):
+        digest(b"odd", b"more")

@@ -46,7 +46,7 @@ def test_replaced_vectors_give_the_bytes_of_a_shard_that_has_them(dtype: type, r
     chosen = np.flatnonzero(random.random(rows) < 0.3)
     vectors[chosen] = random.standard_normal((len(chosen), width)).astype(dtype)
     copy = bytearray(data)
-    found.replace(copy, chosen, vectors[chosen])
+    found.replace(memoryview(copy), chosen, vectors[chosen])
     assert copy == encode_table(table_of(vectors))
     assert len(chosen) == 0 or copy != data
 
@@ -105,4 +105,4 @@ def test_shards_of_any_other_shape_are_refused() -> None:
         find_vectors(written(pa.table({"embedding": missing})), "embedding")
     data = written(table)
     with pytest.raises(ValueError, match="expected float32 of 4"):
-        find_vectors(data, "embedding").replace(bytearray(data), np.array([1]), np.ones((1, 4), np.float64))
+        find_vectors(data, "embedding").replace(memoryview(bytearray(data)), np.array([1]), np.ones((1, 4), np.float64))
