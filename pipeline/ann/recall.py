@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pipeline.ann.devices import Floats
 from pipeline.ann.parts import list_sizes
-from pipeline.ann.searching import Search, compared, k_factors, parameters, widths
+from pipeline.ann.searching import Search, compared, k_factors, more_k_factors, parameters, widths
 
 MORE = 22
 """Neighbours kept beyond the k-th: more ties than that are recognised by the index giving them the same score."""
@@ -117,7 +117,8 @@ def tune(
 
     Work is counted in vectors compared, never by the clock: equal runs choose alike. Most is re-ranked at first, with
     nprobe doubled until it is enough, then narrowed between the last two; then half as much is re-ranked, and so on,
-    from that nprobe on, as long as it costs less. If nothing reaches the target: what finds most.
+    from that nprobe on, as long as it costs less. If nothing reaches the target, more is re-ranked of all lists, and
+    nprobe narrowed then; if that does not help: what finds most.
     """
     name, values = widths(index)
     tuner = _Tuner(index, queries, query_ids, exact, k, target, name, list_sizes(index))
@@ -138,6 +139,11 @@ def tune(
         if found is None or (best is not None and found["work"] >= best["work"]):
             break
         best = found
+    for factor in more_k_factors(index) if best is None else ():
+        point = tuner.attempt(tuner.plan(values[-1], factor))
+        if point["enough"]:
+            best = tuner.narrow(0, point)
+            break
     if best is None:
         best = max(tuner.tried, key=lambda point: (point["recall"], -point["work"]))
     return best["search"], tuner.tried
