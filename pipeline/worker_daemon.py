@@ -1,7 +1,8 @@
 """The process that a local session's Python workers are forked from, with what all of them need already imported.
 
 Spark's own takes pyspark from a zip, which holds no compiled code, and leaves it to every worker to import what its
-first task needs. Of what is imported here only Arrow's allocator has a thread, and does without in a fork.
+first task needs, and numba to make ready for what is compiled. Of what is imported here only Arrow's allocator has a
+thread, and does without in a fork.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def main() -> None:
     for name in (*NEEDED, *filter(None, os.environ.get(IMPORTS, "").split(","))):
         import_module(name)
     import_module("pyarrow").array([""])  # imports pandas, if that is installed
+    import_module("pipeline.mixing").mix(0)  # the first compiled call of a process takes half a second
     gc.collect()
     gc.freeze()
     gc.enable()

@@ -634,8 +634,9 @@ class InferenceResources(Section):
     task.data.previous and the same model makes again only what has changed. Disk: 4.3 KB an item of 384 features, 50
     neighbours and layers of 512 and 256; such later runs share these files, and add what they made again."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where the matrix products are made. cuda: on the GPU that Spark assigned to the task, see
-    spark.task.resource.gpu.amount in resources.spark.conf, else on the host's first. Not the same bytes on both."""
+    """Where the matrix products are made, and with gather the sums over neighbours, if its memory holds a layer. cuda:
+    on the GPU that Spark assigned to the task, see spark.task.resource.gpu.amount in resources.spark.conf, else on the
+    host's first. Not the same bytes on both, of the products."""
 
 
 class SparkResources(Section):

@@ -84,6 +84,11 @@ class Table:
         """How many rows are of the dataset: fewer than rows has where there are gaps."""
         return len(self.rows) - int(self.first_places[-1] - self.first_ids[-1]) if len(self.first_ids) else 0
 
+    def parts(self) -> list[NDArray[Any]]:
+        """The rows of every shard."""
+        counts = np.diff(self.first_ids, append=self.num_rows)
+        return [self.rows[first : first + count] for first, count in zip(self.first_places, counts, strict=True)]
+
     def places(self, ids: NDArray[np.integer]) -> NDArray[np.integer]:
         """Where the rows of these ids, of any shape, are."""
         if np.array_equal(self.first_ids, self.first_places):

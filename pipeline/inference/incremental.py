@@ -43,8 +43,8 @@ from pipeline.inference.earlier import (
 from pipeline.inference.halves import as_single
 from pipeline.inference.network import Array, Network, filled, in_blocks
 from pipeline.inference.publishing import Publisher
-from pipeline.inference.reducers import key_of, read_lists
-from pipeline.inference.sums import exponent_of, largest_of, packed, quantum, scaled, top_of, unpacked
+from pipeline.inference.reducers import key_of, pooled, read_lists
+from pipeline.inference.sums import exponent_of, largest_of, packed, quantum, top_of, unpacked
 from pipeline.inference.vectors import as_stored
 from pipeline.spark import Task, run_tasks
 from pipeline.steps import Made, Output, Report, run_step
@@ -169,8 +169,7 @@ class Incremental:
 
             def block(part: slice) -> tuple[Array, ...]:
                 summed = sums(ids[part], index[part], weights[part])
-                pooled = scaled(filled(summed, network.block), unit)
-                following = network.combine(layer, own(ids[part]), pooled)
+                following = network.combine(layer, own(ids[part]), pooled(network, summed, unit))
                 if is_last:
                     made = stored(network.head(following), dtype, ids[part])
                     return (made, packed(summed, layer_dtype)) if keeps_last else (made,)

@@ -77,12 +77,17 @@ def _find(bits: Any, lists: Any, places: Any, result: Any) -> None:
 
 @numba.njit(nogil=True, cache=True)
 def _find_members(bits: Any, members: Any, ids: Any, weights: Any, found: Any) -> Any:
-    count = 0
+    """Without a branch for what is seldom true and cannot be foretold."""
+    places, slots = found[0], found[1]
+    count: Any = 0
     for k in range(len(ids)):
         place = np.uint64(ids[k])
-        if (bits[place >> _SIX] >> (place & _MASK)) & _ONE != _ZERO and (len(weights) == 0 or weights[k] > 0):
-            found[0, count], found[1, count] = k, np.searchsorted(members, np.uint32(place))
-            count += 1
+        places[count] = k
+        count += np.int64((bits[place >> _SIX] >> (place & _MASK)) & _ONE) & np.int64(
+            not len(weights) or weights[k] > 0
+        )
+    for k in range(count):
+        slots[k] = np.searchsorted(members, np.uint32(ids[places[k]]))
     return count
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -37,8 +37,20 @@ class Network(Protocol):
     def lists(self, layer: int, index: NDArray[np.integer], weights: NDArray[np.float32]) -> Lists:
         """The neighbours that a layer reads, and how much each counts: of lists [n, T], up to as many columns."""
 
-    def combine(self, layer: int, hidden: Array, pooled: Array) -> Array:
-        """An item's next vector [n, d] from its own [n, d'] and its neighbours' sums [n, m]."""
+    def hold(self, parts: Sequence[Array]) -> Any:
+        """A layer's messages, part after part, where a GPU makes the products and has room for them; else None."""
+
+    def sum_held(self, held: Any, index: NDArray[np.integer], weights: NDArray[np.float32], unit: float) -> Any:
+        """Of lists [n, T] of held rows the sums that `sums.add_rows` makes, int32 [n, m], to the last bit; there."""
+
+    def scale_held(self, sums: Any, unit: float) -> Any:
+        """As `sums.scaled`, of sums that are there, with zeros below them up to a block."""
+
+    def fetch(self, sums: Any) -> NDArray[np.int32]:
+        """Such sums as an array."""
+
+    def combine(self, layer: int, hidden: Array, pooled: Any) -> Array:
+        """An item's next vector [n, d] from its own [n, d'] and its neighbours' scaled sums [n, m], here or there."""
 
     def head(self, hidden: Array) -> Array:
         """The embedding [n, d] of the last layer's output."""

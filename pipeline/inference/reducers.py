@@ -31,14 +31,14 @@ from pipeline.contracts.sharding import count_shards, shard_bounds
 from pipeline.contracts.storage import Storage
 from pipeline.contracts.vectors import read_vectors
 from pipeline.inference.members import places_of
-from pipeline.inference.network import Array, Lists, Network
+from pipeline.inference.network import Array, Lists, Network, filled
 from pipeline.inference.publishing import Publisher
-from pipeline.inference.sums import add_rows
+from pipeline.inference.sums import add_rows, scaled
 from pipeline.mixing import read_only
 from pipeline.steps import Made, Output, Report
 
-Sums = Callable[[slice], NDArray[np.int32]]
-"""Of a shard: the sums [n, m] of some of its rows."""
+Sums = Callable[[slice], Any]
+"""Of a shard: the sums int32 [n, m] of some of its rows, or what the network's sum_held makes of them."""
 
 
 class Reducer(Protocol):
@@ -101,7 +101,11 @@ class Gather:
         def of(shard: int) -> Sums:
             start, stop = bounds(shard)
             index, weights = network.lists(layer, *read_lists(read_rows(storage, neighbours, start, stop)))
-            table = _map_once(Rows.of(storage, projected, cache))
+            rows = Rows.of(storage, projected, cache)
+            held = _hold_once(rows, network) if network.reduction == "sum" else None
+            if held is not None:
+                return lambda part: network.sum_held(held, index[part], weights[part], unit)
+            table = _map_once(rows)
             places, length = places_of(table, index, weights), index.shape[1]
 
             def some(part: slice) -> NDArray[np.int32]:
@@ -132,6 +136,24 @@ def _map_once(rows: Rows) -> Table:
     The system need not find the pages anew then.
     """
     return rows.map()
+
+
+_held: list[tuple[Rows, Any]] = []
+"""One layer, kept by the process where its network's GPU holds it; or that it does not."""
+
+
+def _hold_once(rows: Rows, network: Network) -> Any:
+    if not _held or _held[0][0] != rows:
+        _held.clear()
+        _held.append((rows, network.hold(_map_once(rows).parts())))
+    return _held[0][1]
+
+
+def pooled(network: Network, sums: Any, unit: float) -> Any:
+    """What a layer's combine reads: the sums as float32, a block of them."""
+    if isinstance(sums, np.ndarray):
+        return scaled(filled(sums, network.block), unit)
+    return network.scale_held(sums, unit)
 
 
 def read_lists(table: pa.Table) -> Lists:

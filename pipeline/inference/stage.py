@@ -46,8 +46,8 @@ from pipeline.inference.earlier import (
 from pipeline.inference.halves import as_single
 from pipeline.inference.incremental import AGAIN, Incremental, TooDifferentError, find_changes
 from pipeline.inference.network import Array, Network, filled, in_blocks
-from pipeline.inference.reducers import Gather, Reducer, read_lists
-from pipeline.inference.sums import exponent_of, packed, quantum, scaled, top_of
+from pipeline.inference.reducers import Gather, Reducer, pooled, read_lists
+from pipeline.inference.sums import exponent_of, packed, quantum, top_of
 from pipeline.inference.vectors import as_stored
 from pipeline.spark import Task, say
 from pipeline.steps import Made, Output, Report, run_step
@@ -178,10 +178,13 @@ class Layers:
 
             def block(part: slice) -> tuple[Array, ...]:
                 own_sums = summed(part)
-                following = network.combine(layer, own(part), scaled(filled(own_sums, network.block), unit))
+                following = network.combine(layer, own(part), pooled(network, own_sums, unit))
                 if is_last:
                     made = keep(part, network.head(following))
-                    return (made, packed(own_sums, layer_dtype)) if keeps else (made,)
+                    if not keeps:
+                        return (made,)
+                    sums_here = own_sums if isinstance(own_sums, np.ndarray) else network.fetch(own_sums)
+                    return made, packed(sums_here, layer_dtype)
                 kept = keep(part, following)
                 return kept, keep(part, network.project(layer + 1, as_single(kept)))
 

@@ -28,6 +28,7 @@ from model.trainer import Trainer
 from pipeline.contracts import schemas
 from pipeline.contracts.config import TrainingResources
 from pipeline.contracts.datasets import is_up_to_date, open_manifest, read_file
+from pipeline.inference.sums import add_rows, quantum
 from tests.model.conftest import Run, plant
 
 pytestmark = [
@@ -212,3 +213,27 @@ def test_exported_layers_on_the_gpu_are_those_on_the_cpu(make_run: MakeRun, prec
         found, expected = (getattr(network, name)(*arguments) for network in (there, here))
         assert found.dtype == np.float32
         assert near(torch.from_numpy(found), torch.from_numpy(expected), tolerance), (name, precision)
+
+
+def test_a_layer_is_held_and_summed_on_the_gpu_as_by_the_pipeline(make_run: MakeRun) -> None:
+    run = make_run(training={"epochs": 1})
+    trainer.train(run.storage, run.settings, training_lineage(run.storage, run.settings, 1), CPU)
+    manifest = open_manifest(run.storage, schemas.MODEL)
+    weights, described = (read_file(run.storage, manifest, name) for name in FILES)
+    network = load_exported(weights, json.loads(described))
+    network.set_place("float32", lambda: "cuda")
+    random, unit = np.random.default_rng(1), quantum(1, "float16")
+    parts = [random.random((size, 64)).astype(np.float16) for size in (100_000, 1, 0, 30_000)]
+    rows = np.concatenate(parts)
+    index = random.integers(0, len(rows), (5000, 50))
+    shares = random.dirichlet(np.ones(50), 5000).astype(np.float32)
+    expected = np.zeros((5000, 64), np.int32)
+    add_rows(rows, np.arange(5001) * 50, index.reshape(-1), shares.reshape(-1), unit, expected)
+    held = network.hold(parts)
+    assert held is not None
+    assert held.device.type == "cuda"
+    np.testing.assert_array_equal(network.fetch(network.sum_held(held, index, shares, unit)), expected)
+    del held
+    free = torch.cuda.mem_get_info()[0]
+    vast = np.broadcast_to(np.zeros(1, np.float16), (free // 2, 1))
+    assert network.hold([vast]) is None, "it has no room"

@@ -22,6 +22,7 @@ from pipeline.contracts import schemas
 from pipeline.contracts.datasets import open_manifest, read_file
 from pipeline.contracts.errors import ResourceError
 from pipeline.contracts.replica import padded
+from pipeline.inference.sums import add_rows, quantum, scaled
 from tests.model.conftest import Run, plant
 
 Array = NDArray[Any]
@@ -124,6 +125,23 @@ def test_a_device_that_is_not_there_is_named_at_the_first_call(make_run: Callabl
     copy = pickle.loads(pickle.dumps(network))
     with pytest.raises(ResourceError, match=r"cuda:7 is wanted.*resources\.inference\.device: cpu"):
         copy.project(0, np.zeros((1, 3), np.float32))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_sums_of_held_rows_are_those_of_the_pipeline_to_the_last_bit(make_run: Callable[..., Run], dtype: Any) -> None:
+    network, random, unit = exported(make_run()), np.random.default_rng(1), quantum(1, np.dtype(dtype).name)
+    rows = random.random((300, 33)).astype(dtype)
+    index, weights = random.integers(0, 300, (40, 7)), random.dirichlet(np.ones(7), 40).astype(np.float32)
+    weights[3], weights[5, 2:] = 0, 0
+    expected = np.zeros((40, 33), np.int32)
+    add_rows(rows, np.arange(41) * 7, index.reshape(-1), weights.reshape(-1), unit, expected)
+    found = network.sum_held(torch.from_numpy(rows), index, weights, unit)
+    np.testing.assert_array_equal(network.fetch(found), expected)
+    padded_sums = network.scale_held(found, unit).numpy()
+    assert padded_sums.shape == (network.block, 33)
+    np.testing.assert_array_equal(padded_sums[:40], scaled(expected, unit))
+    assert not padded_sums[40:].any()
+    assert network.hold([rows]) is None, "no GPU makes the products"
 
 
 def _seventh_gpu() -> str:

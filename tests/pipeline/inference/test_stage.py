@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ from pipeline.contracts.datasets import (
 from pipeline.contracts.errors import DataError
 from pipeline.contracts.storage import Storage
 from pipeline.inference import stage
+from pipeline.inference.network import filled
 from pipeline.inference.reducers import read_lists
+from pipeline.inference.sums import add_rows, scaled
 from pipeline.inference.vectors import as_stored
 from tests.synthetic import shop_settings
 
@@ -40,13 +43,16 @@ Array = NDArray[Any]
 
 
 class PlainNetwork:
-    """A network in numpy, small enough to check by eye; breaks_in names the function that makes NaN."""
+    """A network in numpy, small enough to check by eye; breaks_in names the function that makes NaN.
+
+    One that holds has layers elsewhere, and sums them there, as if it had a GPU.
+    """
 
     list_kinds: tuple[int, ...] = (0, 1)
     reads = "all in the first layer, two in the second"
 
-    def __init__(self, num_layers: int, reduction: str = "sum", breaks_in: str = "") -> None:
-        generator = np.random.default_rng(0)
+    def __init__(self, num_layers: int, reduction: str = "sum", breaks_in: str = "", holds: bool = False) -> None:
+        generator, self.holds = np.random.default_rng(0), holds
         self.num_layers, self.reduction, self.breaks_in, self.block = num_layers, reduction, breaks_in, 256
         self.q = generator.normal(size=(num_layers, WIDTH, 4)).astype(np.float32)
         self.w = generator.normal(size=(num_layers, WIDTH + 4, WIDTH)).astype(np.float32)
@@ -64,6 +70,21 @@ class PlainNetwork:
             return index, weights
         kept = weights[:, :2] / np.maximum(weights[:, :2].sum(axis=1, keepdims=True), np.float32(1e-9))
         return index[:, :2], kept
+
+    def hold(self, parts: Sequence[Array]) -> Any:
+        return {"rows": np.concatenate(parts)} if self.holds else None
+
+    def sum_held(self, held: Any, index: NDArray[np.integer], weights: Array, unit: float) -> Any:
+        indptr = np.arange(len(index) + 1) * index.shape[1]
+        sums = np.zeros((len(index), held["rows"].shape[1]), np.int32)
+        add_rows(held["rows"], indptr, index.reshape(-1), weights.reshape(-1), unit, sums)
+        return {"sums": sums}
+
+    def scale_held(self, sums: Any, unit: float) -> Any:
+        return scaled(filled(sums["sums"], self.block), unit)
+
+    def fetch(self, sums: Any) -> NDArray[np.int32]:
+        return np.asarray(sums["sums"])
 
     def combine(self, layer: int, hidden: Array, pooled: Array) -> Array:
         z = np.maximum(np.concatenate([hidden, pooled], axis=1) @ self.w[layer], 0)
@@ -156,6 +177,13 @@ NO_HUBS = (
     "resources.inference.hub_share=0",
     "resources.inference.cluster_rounds=0",
 )
+
+
+def test_layers_that_are_held_and_summed_elsewhere_give_the_same_bytes(spark: SparkContext, storage: Storage) -> None:
+    store_inputs(storage)
+    expected, _, _ = embed(spark, storage, PlainNetwork(2), 4, GATHER)
+    found, _, _ = embed(spark, storage, PlainNetwork(2, holds=True), 4, GATHER)
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "max"])
