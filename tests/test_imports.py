@@ -45,6 +45,7 @@ KERNELS = {
         "top_sums",
         "walk_kernel",
         "walkers",
+        "worker_daemon",
     },
     "neighbourhoods": {"newcomers", "pairs", "walks"},
     "questions": {"evaluation", "gate", "pairs"},
