@@ -8,7 +8,7 @@ step that was broken off, the tasks whose outputs and report are all there are n
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
@@ -58,25 +58,37 @@ Report = dict[str, Any]
 class Output:
     """A dataset that a step writes: a shard per task, with destinations a file of blocks, with raw a matrix of rows.
 
-    describe makes the manifest's metadata from the reports; what it raises is raised before the dataset exists.
+    With several a task makes a shard for every number in its "shards", one after the other, and may complete its report
+    meanwhile. describe makes the manifest's metadata from the reports; what it raises is raised before the dataset
+    exists.
     """
 
     dataset: Dataset | str
     destinations: int = 0
     describe: Callable[[list[Report]], dict[str, Any]] | None = None
     raw: bool = False
+    several: bool = False
 
     @property
     def name(self) -> str:
         """The dataset's name."""
         return self.dataset if isinstance(self.dataset, str) else self.dataset.name
 
+    def numbers(self, task: Task) -> list[int]:
+        """Of the files that a task writes."""
+        return list(task["shards"]) if self.several else [task["number"]]
+
     def file(self, number: int) -> str:
-        """The name of one task's file."""
+        """The name of one file."""
         return rows_name(number) if self.raw else blocks_name(number) if self.destinations else shard_name(number)
 
-    def write(self, storage: Storage, number: int, made: Made, lineage: Lineage) -> Shard:
+    def write(self, storage: Storage, task: Task, made: Made | Iterator[Made], lineage: Lineage) -> list[Shard]:
         """Store what one task made for this output."""
+        numbers: list[int] = self.numbers(task)
+        each: Iterable[Any] = made if self.several else [made]  # type: ignore[assignment]
+        return [self._write(storage, number, own, lineage) for number, own in zip(numbers, each, strict=True)]
+
+    def _write(self, storage: Storage, number: int, made: Made, lineage: Lineage) -> Shard:
         if self.raw:
             assert isinstance(made, np.ndarray)
             return write_rows(storage, self.name, number, made, lineage)
@@ -89,6 +101,13 @@ class Output:
         return write_shard(storage, self.dataset, number, made, lineage)
 
 
+def _finished(storage: Storage, output: Output, task: Task, lineage: Lineage) -> list[Shard] | None:
+    """The files that an interrupted attempt of a task finished of an output, if all are there."""
+    names = map(output.file, output.numbers(task))
+    found = [finished_shard(storage, output.dataset, name, lineage) for name in names]
+    return None if None in found else [shard for shard in found if shard is not None]
+
+
 def run_step(
     spark: SparkContext,
     storage: Storage,
@@ -96,7 +115,7 @@ def run_step(
     name: str,
     tasks: Sequence[Mapping[str, Any]],
     outputs: Sequence[Output],
-    make: Callable[[Task], tuple[Sequence[Made], Report]],
+    make: Callable[[Task], tuple[Sequence[Made | Iterator[Made]], Report]],
     label: str,
 ) -> list[Report]:
     """Run make on every task, store what it returns for each of the outputs, and return the tasks' reports in order.
@@ -111,26 +130,24 @@ def run_step(
         begin(storage, dataset)
 
     def work(task: Task) -> Task:
-        number = task.pop("number")
-        file = f"part-{number:05d}.json"
+        file = f"part-{task['number']:05d}.json"
         noted = finished_file(storage, name, file, lineage)
-        shards: list[Shard | None] = []
-        if noted is not None:
-            shards = [finished_shard(storage, output.dataset, output.file(number), lineage) for output in outputs]
-        if noted is None or None in shards:
+        found = [] if noted is None else [_finished(storage, output, task, lineage) for output in outputs]
+        if noted is None or None in found:
             made, report = make(task)
             pairs = zip(outputs, made, strict=True)
-            shards = [output.write(storage, number, rows, lineage) for output, rows in pairs]
+            shards = [output.write(storage, task, rows, lineage) for output, rows in pairs]
             stored = write_file(storage, name, file, json.dumps(report).encode(), lineage)
         else:
-            stored, report = noted[0], json.loads(noted[1])
-        return {"report": report, "noted": asdict(stored), "shards": [asdict(shard) for shard in shards if shard]}
+            shards, stored, report = [own for own in found if own is not None], noted[0], json.loads(noted[1])
+        return {"report": report, "noted": asdict(stored), "shards": [list(map(asdict, own)) for own in shards]}
 
     results = run_tasks(spark, [{**task, "number": number} for number, task in enumerate(tasks)], work, label)
     reports = [result["report"] for result in results]
     for place, output in enumerate(outputs):
         metadata = {"destinations": output.destinations} if output.destinations else {}
         metadata |= output.describe(reports) if output.describe else {}
-        commit(storage, output.dataset, (Shard(**result["shards"][place]) for result in results), lineage, metadata)
+        shards = (Shard(**shard) for result in results for shard in result["shards"][place])
+        commit(storage, output.dataset, shards, lineage, metadata)
     commit(storage, name, (Shard(**result["noted"]) for result in results), lineage, {"reports": reports})
     return reports

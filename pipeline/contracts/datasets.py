@@ -408,6 +408,13 @@ def overlapping(manifest: Manifest, start: int, stop: int) -> Iterator[tuple[int
         first += shard.rows
 
 
+def shard_of_rows(manifest: Manifest, start: int, stop: int) -> int | None:
+    """The shard of just the rows [start, stop), at least one, if there is such a shard."""
+    found = next((part for part in overlapping(manifest, start, stop)), None) if start < stop else None
+    is_whole = found is not None and found[1:] == (0, stop - start) and manifest.shards[found[0]].rows == stop - start
+    return found[0] if found is not None and is_whole else None
+
+
 def read_table(storage: Storage, manifest: Manifest, columns: Sequence[str] | None = None) -> pa.Table:
     """The whole dataset in memory: only for what is known to be small."""
     return read_rows(storage, manifest, 0, manifest.num_rows, columns)

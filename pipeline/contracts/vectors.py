@@ -78,6 +78,22 @@ def vectors_in(data: bytes, column: str) -> NDArray[Any]:
         return arrow_to_vectors(pq.read_table(pa.BufferReader(data), columns=[column]).column(column))
 
 
+def is_stored_alike(one: bytes | memoryview, other: bytes | memoryview, column: str) -> bool:
+    """Whether a column is the same bytes in two shards: the same values then, without decoding them."""
+    told, pages = [], []
+    for data in (one, other):
+        metadata = pq.read_metadata(pa.BufferReader(data))
+        chunks = [metadata.row_group(0).column(number) for number in range(metadata.num_columns)]
+        chunk = next((chunk for chunk in chunks if chunk.path_in_schema == column), None)
+        if metadata.num_row_groups != 1 or chunk is None:
+            return False
+        start = chunk.dictionary_page_offset if chunk.has_dictionary_page else chunk.data_page_offset
+        pages.append(memoryview(data)[start : start + chunk.total_compressed_size])
+        kinds = chunk.physical_type, chunk.compression, chunk.encodings, chunk.num_values
+        told.append(kinds)
+    return told[0] == told[1] and pages[0] == pages[1]
+
+
 def find_vectors(data: bytes | memoryview, column: str) -> Vectors:
     """Where a vector column is in a shard's bytes. Raises ValueError for what `encode_table` would not have written."""
     file = pq.ParquetFile(pa.BufferReader(data))

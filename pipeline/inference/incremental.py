@@ -10,7 +10,7 @@ and a bit an item.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -54,7 +54,7 @@ AGAIN = f"{_LAYERS}/again"
 _MOST = 4
 """One in so many items changed: from there on nearly all are reached, and a whole run costs less."""
 _SHARDS = 4
-"""So many shards' items are one task where little is made of each."""
+"""So many shards' items are one task, where little is made of each: its blocks are filled."""
 _FILES = 64
 """So many files of a base are one task: on a local disk they only get a second name."""
 _SAME_IDS = {CONTENT: "projected-1", WEIGHTS: LISTS}
@@ -133,7 +133,7 @@ class Incremental:
         told = {name: self._told(name) for name in (LISTS, WEIGHTS, CONTENT, "projected-1")}
         outputs = [self._ids(LISTS), *(self._rows(name, told[name]) for name in (LISTS, WEIGHTS, CONTENT))]
         outputs += [self._ids("projected-1"), self._rows("projected-1", told["projected-1"])]
-        reports = self._step("find changes", self._cuts[::_SHARDS], outputs, make)
+        reports = self._step("find changes", outputs, make)
         self.remade["changed items"] = sum(report["changed"] for report in reports)
         if _MOST * self.remade["changed items"] > self._num_items:
             raise TooDifferentError(f"{self.remade['changed items']:,} of {self._num_items:,} changed")
@@ -154,7 +154,7 @@ class Incremental:
         moved = f"hidden-{layer}" if layer else "projected-1"
         publish, keeps_last = self._publisher.renewed, is_last and self._keeps and keeps_sums(network)
 
-        def make(task: Task) -> tuple[Sequence[Made], Report]:
+        def make(task: Task) -> tuple[Sequence[Made | Iterator[Made]], Report]:
             start, stop = task["start"], task["stop"]
             table, lists = messages(1.0), lists_of(1.0)
             reached = np.zeros(stop - start, np.bool_)
@@ -178,8 +178,18 @@ class Incremental:
 
             made, numbers = in_blocks(block, len(ids), network.block), ids.astype(np.uint32)[:, None]
             if is_last:
-                whole, report = publish(start, stop, ids, made[0])
-                return [whole, *([numbers, made[1]] if keeps_last else [])], {"remade": len(ids), **report}
+                published: list[Report] = []
+
+                def shards() -> Iterator[Made]:
+                    for shard in task["shards"]:
+                        first, last = cuts[shard], cuts[shard + 1]
+                        own = slice(*np.searchsorted(ids, [first, last]))
+                        whole, report = publish(first, last, ids[own], made[0][own])
+                        published.append(report)
+                        yield whole
+
+                report = {"remade": len(ids), "published": published}
+                return [shards(), *([numbers, made[1]] if keeps_last else [])], report
             report = {"remade": len(ids), "largest": largest_of(made[1])}
             return [numbers, made[0], numbers, made[1]], report
 
@@ -188,7 +198,7 @@ class Incremental:
             outputs = [
                 part for name in following_names for part in (self._ids(name), self._rows(name, self._told(name)))
             ]
-            reports = self._step(label, cuts[::_SHARDS], outputs, make)
+            reports = self._step(label, outputs, make)
             self._check_scale(following_names[-1], reports)
             self.remade[f"vectors of layer {layer + 1}"] = sum(report["remade"] for report in reports)
             return
@@ -196,10 +206,11 @@ class Incremental:
 
         def describe(reports: list[Report]) -> dict[str, Any]:
             made = sum(report["remade"] for report in reports)
-            return {**publisher.describe(reports), "remade": {**before, "embeddings": made}}
+            published = [shard for report in reports for shard in report["published"]]
+            return {**publisher.describe(published), "remade": {**before, "embeddings": made}}
 
         sums = [self._ids(SUMS), self._rows(SUMS, self._told(SUMS))] if keeps_last else []
-        self._step(label, cuts, [Output(schemas.EMBEDDINGS, describe=describe), *sums], make)
+        self._step(label, [Output(schemas.EMBEDDINGS, describe=describe, several=True), *sums], make)
 
     def _sums(self, layer: int) -> Callable[..., Callable[..., NDArray[np.int32]]]:
         """In a task, of a table of messages, the items [start, stop) and the share of them that is reached: a function
@@ -255,7 +266,7 @@ class Incremental:
             return [rows], top_of(ids, rows)
 
         output = Output(parts_of(name)[0], raw=True, describe=self._with_tops(name))
-        self._step(f"keep {name}", self._cuts, [output], make)
+        self._step(f"keep {name}", [output], make, 1)
 
     def _keep_patch(self, name: str) -> None:
         overlay, patched, (_, own_ids, own_rows) = self._overlay(name), self._patched, parts_of(name)
@@ -269,7 +280,7 @@ class Incremental:
             Output(own_ids, raw=True, describe=lambda _: describe_rows("uint32", 1)),
             Output(own_rows, raw=True, describe=self._with_tops(name)),
         ]
-        self._step(f"keep {name}", self._cuts[::_SHARDS], outputs, make)
+        self._step(f"keep {name}", outputs, make)
         storage, earlier, base = self._storage, self._earlier.storage, self._earlier.kept[name].base
         begin(storage, base.dataset)
 
@@ -376,13 +387,15 @@ class Incremental:
         return [(kept.base, None, self._patched(name)), (kept.rows, all_ids(self._earlier.storage, kept.ids), again)]
 
     def _step(
-        self, label: str, cuts: Sequence[int], outputs: Sequence[Output],
-        make: Callable[[Task], tuple[Sequence[Made], Report]],
+        self, label: str, outputs: Sequence[Output],
+        make: Callable[[Task], tuple[Sequence[Made | Iterator[Made]], Report]], shards: int = _SHARDS,
     ) -> list[Report]:  # fmt: skip
-        """A task for the items from each of the cuts to the next, the last to the end."""
-        last, name = self._num_items, f"{AGAIN}/step-{label.replace(' ', '-')}"
-        starts = [cut for place, cut in enumerate(cuts) if cut < last or place == 0]
-        tasks = [{"start": start, "stop": stop} for start, stop in zip(starts, [*starts[1:], last], strict=True)]
+        """A task for the items of so many shards that follow each other."""
+        cuts, name = self._cuts, f"{AGAIN}/step-{label.replace(' ', '-')}"
+        tasks = []
+        for first in range(0, len(cuts) - 1, shards):
+            last = min(first + shards, len(cuts) - 1)
+            tasks.append({"start": cuts[first], "stop": cuts[last], "shards": list(range(first, last))})
         return run_step(
             self._spark, self._storage, self._lineage, name, tasks, outputs, make, f"inference: {label}"
         )  # fmt: skip

@@ -23,11 +23,13 @@ from pipeline.contracts.datasets import (
     load_stored,
     open_manifest,
     read_rows,
+    read_stored,
+    shard_of_rows,
     vectors_to_arrow,
 )
 from pipeline.contracts.errors import PipelineError
 from pipeline.contracts.storage import Storage
-from pipeline.contracts.vectors import find_vectors
+from pipeline.contracts.vectors import find_vectors, is_stored_alike
 from pipeline.digests import ByteDigest
 from pipeline.inference.halves import as_single
 from pipeline.inference.network import Array
@@ -64,8 +66,7 @@ class Publisher:
 
         Where a shard of the earlier run has just these items, its bytes serve, else they are made of its rows.
         """
-        known = read_rows(self._storage, self._items, start, stop, ["key", "degree"])
-        data = self._former_bytes(start, stop, known["key"])
+        known, data = self._former_bytes(start, stop)
         try:
             places = None if data is None else find_vectors(data, "embedding")
         except ValueError:
@@ -88,18 +89,24 @@ class Publisher:
         places.replace(data, ids - start, vectors)
         return self._made(data, known, {**_statistics(*places.pages(data)), "drift": drift})
 
-    def _former_bytes(self, start: int, stop: int, keys: pa.ChunkedArray) -> memoryview | None:
-        """The earlier run's shard of just these items, to be changed; None if it has none, or they had other keys."""
-        former, earlier, first = self._former, self._earlier, 0
-        for number, shard in enumerate(() if former is None else former.shards):
-            if (first, first + shard.rows) == (start, stop) and earlier is not None and former is not None:
-                known = former.metadata.get("shard_digests")
-                digest, expected = (ByteDigest(), known[number]) if known else (hashlib.sha256(), shard.sha256)
-                data = load_stored(earlier, former.dataset, shard, digest, expected)
-                found = pq.read_table(pa.BufferReader(data), columns=["key"])["key"]
-                return data if found.equals(keys) else None
-            first += shard.rows
-        return None
+    def _former_bytes(self, start: int, stop: int) -> tuple[pa.Table, memoryview | None]:
+        """Degrees of the items [start, stop), and the earlier run's shard of just these items, to be changed.
+
+        None if it has none, or they had other keys.
+        """
+        former, earlier, storage, items = self._former, self._earlier, self._storage, self._items
+        number = None if former is None else shard_of_rows(former, start, stop)
+        if former is None or earlier is None or number is None:
+            return read_rows(storage, items, start, stop, ["degree"]), None
+        shard, known = former.shards[number], former.metadata.get("shard_digests")
+        digest, expected = (ByteDigest(), known[number]) if known else (hashlib.sha256(), shard.sha256)
+        data, own = load_stored(earlier, former.dataset, shard, digest, expected), shard_of_rows(items, start, stop)
+        if own is not None:
+            stored = read_stored(storage, items.dataset, items.shards[own])
+            if is_stored_alike(stored, data, "key"):
+                return pq.read_table(pa.BufferReader(stored), columns=["degree"]), data
+        rows = read_rows(storage, items, start, stop, ["key", "degree"])
+        return rows, data if pq.read_table(pa.BufferReader(data), columns=["key"])["key"].equals(rows["key"]) else None
 
     def describe(self, reports: list[Report]) -> dict[str, Any]:
         """What the manifest says of all embeddings.

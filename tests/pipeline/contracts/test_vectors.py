@@ -23,7 +23,7 @@ from pipeline.contracts.datasets import (
     write_shard,
 )
 from pipeline.contracts.storage import Storage
-from pipeline.contracts.vectors import find_vectors, read_vectors
+from pipeline.contracts.vectors import find_vectors, is_stored_alike, read_vectors
 
 LINEAGE = Lineage("test", {}, {})
 
@@ -106,3 +106,19 @@ def test_shards_of_any_other_shape_are_refused() -> None:
     data = written(table)
     with pytest.raises(ValueError, match="expected float32 of 4"):
         find_vectors(data, "embedding").replace(memoryview(bytearray(data)), np.array([1]), np.ones((1, 4), np.float64))
+
+
+def test_columns_are_stored_alike_where_they_and_only_they_have_the_same_values() -> None:
+    keys, random = [f"item {number // 2}" for number in range(300)], np.random.default_rng(1)
+    others = [*keys[:299], "item x"]
+    tables = [
+        pa.table({"key": keys, "id": pa.array(range(300), pa.uint32())}),
+        pa.table({"key": keys, "embedding": vectors_to_arrow(random.random((300, 4), np.float32))}),
+        pa.table({"key": others, "id": pa.array(range(300), pa.uint32())}),
+        pa.table({"key": pa.array(range(300), pa.int64())}),
+        pa.table({"name": keys}),
+    ]
+    first, *rest = map(encode_table, tables)
+    assert [is_stored_alike(first, data, "key") for data in rest] == [True, False, False, False]
+    assert is_stored_alike(first, first, "id")
+    assert not is_stored_alike(first, written(tables[0], row_group_size=100), "key")
