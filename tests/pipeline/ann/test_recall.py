@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.ann import recall, training
 from pipeline.ann.recall import Exact, exact_neighbours, hits, merge_exact, tune
+from pipeline.ann.searching import MORE_K_FACTORS
 from tests.embeddings import clustered, duplicates, uniform
 
 
@@ -87,3 +88,17 @@ def test_a_target_out_of_reach_gives_the_best_there_is() -> None:
     assert not any(point["enough"] for point in tried)
     best = max(point["recall"] for point in tried)
     assert next(point for point in tried if point["search"] == search)["recall"] == best
+
+
+def test_where_codes_tell_little_more_is_re_ranked_until_it_is_enough() -> None:
+    """Vectors in all directions, 16 bits for each: of all lists 64 times k are too few."""
+    vectors = uniform(8000, 32)
+    index = training.train(vectors, "IVF8,PQ4x4fs,Refine(SQfp16)", seed=1)
+    index.add(vectors)
+    queries = np.arange(0, 8000, 40)
+    exact = exact_of(vectors, queries)
+    search, tried = tune(index, vectors[queries], queries, exact, 10, 0.9)
+    assert not any(point["enough"] for point in tried if point["search"]["k_factor"] <= 64)
+    assert search["k_factor"] in MORE_K_FACTORS
+    assert next(point for point in tried if point["search"] == search)["enough"]
+    assert hits(index, vectors[queries], queries, exact, 10, search).mean() >= 0.9
