@@ -6,6 +6,7 @@ The only place where `model` and `pipeline` meet: pipeline/inference.py gets arr
 from __future__ import annotations
 
 import json
+import os
 from functools import partial
 
 from pyspark import SparkContext
@@ -36,8 +37,14 @@ def load_network(storage: Storage, model: Manifest, settings: Settings) -> Expor
             "several times as long as with float32"
         )
     block = BLOCK if device == "cpu" else GPU_BLOCK
-    network.set_place(inference.precision, partial(_device_of_task, device), block)
+    network.set_place(inference.precision, partial(_device_of_task, device), block, _tasks_of_a_gpu(settings))
     return network
+
+
+def _tasks_of_a_gpu(settings: Settings) -> int:
+    """How many tasks Spark may give to one GPU at once: as it is told, else as many as this machine has cores."""
+    amount = float(settings.resources.spark.conf.get("spark.task.resource.gpu.amount", 0))
+    return max(1, round(1 / amount)) if amount else os.cpu_count() or 1
 
 
 def _emulates() -> bool:

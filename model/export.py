@@ -31,7 +31,9 @@ BLOCK, GPU_BLOCK = 1 << 10, 1 << 13
 _PIECE = 1 << 16
 """Rows that go to a GPU at a time."""
 _TERMS = 1 << 26
-"""Products that a GPU has in memory at a time, 10 bytes each."""
+"""Products that a GPU has in memory at a time, 12 bytes each at most."""
+_WORKING = 2 << 30
+"""Bytes of a process's share of a GPU that are left for those, for blocks and for the context."""
 
 
 class Exported:
@@ -40,7 +42,7 @@ class Exported:
     def __init__(self, weights: bytes, description: dict[str, Any]) -> None:
         self._weights, self._description = weights, description
         self._threads: int | None = None
-        self._precision, self._device = "float32", _cpu
+        self._precision, self._device, self._sharers = "float32", _cpu, 1
         self.block = BLOCK
         self.num_layers = int(description["model"]["num_layers"])
         shape = description["model"]
@@ -56,13 +58,13 @@ class Exported:
         """CPU threads of torch in every process that uses this, from its first call; sums of floats depend on it."""
         self._threads = threads
 
-    def set_place(self, precision: str, device: Callable[[], str], block: int = BLOCK) -> None:
-        """Of the matrix products: float32 or bfloat16, a function that names the device of whoever calls, and the rows
-        of every call.
+    def set_place(self, precision: str, device: Callable[[], str], block: int = BLOCK, sharers: int = 1) -> None:
+        """Of the matrix products: float32 or bfloat16, a function that names the device of whoever calls, the rows of
+        every call, and how many processes may use a device at once.
 
         Arrays go there and come back with every call. ResourceError, at the first, if torch does not see the device.
         """
-        self._precision, self._device, self.block = precision, device, block
+        self._precision, self._device, self.block, self._sharers = precision, device, block, sharers
 
     def standardise(self, features: NDArray[Any], ids: NDArray[np.integer]) -> Floats:
         """Content vectors [n, F] as stored and the items' ids [n], to the first layer's input [n, d']."""
@@ -85,21 +87,23 @@ class Exported:
     def hold(self, parts: Sequence[NDArray[Any]]) -> Tensor | None:
         """A layer's messages [R, m], part after part, on the GPU; None if products are made elsewhere, or it is full.
 
-        Of its free memory an eighth is left for what blocks take.
+        Every process has its own share of the GPU's memory, for the layer and for what blocks take.
         """
         import torch
 
         place = self._place
         if place.type != "cuda":
             return None
-        free = (
-            torch.cuda.mem_get_info(place)[0] + torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
-        )
+        free, total = torch.cuda.mem_get_info(place)
+        free += torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
         size = sum(part.nbytes for part in parts)
-        if not size or size > free * 7 // 8:
+        if not size or size > min(free, total // self._sharers) - _WORKING:
             return None
         whole = [sum(len(part) for part in parts), parts[0].shape[1]]
-        held = torch.empty(whole, dtype=_as_it_is(parts[0]).dtype, device=place)
+        try:
+            held = torch.empty(whole, dtype=_as_it_is(parts[0]).dtype, device=place)
+        except torch.cuda.OutOfMemoryError:  # somebody else was quicker
+            return None
         first = 0
         for part in parts:
             for rows in _as_it_is(part).split(_PIECE):

@@ -44,8 +44,8 @@ def k_factors(index: faiss.Index) -> Sequence[int]:
 
 
 def more_k_factors(index: faiss.Index) -> Sequence[int]:
-    """As k_factors, for what none of these is enough for, fewest first; none that would re-rank all there is."""
-    return [factor for factor in MORE_K_FACTORS if k_factors(index) and factor < index.ntotal]
+    """As k_factors, for what none of these is enough for, fewest first."""
+    return MORE_K_FACTORS if k_factors(index) else ()
 
 
 def parameters(index: faiss.Index, search: Search, selector: Any = None) -> faiss.SearchParameters | None:

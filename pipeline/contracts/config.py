@@ -631,7 +631,7 @@ class InferenceResources(Section):
     """shuffle: share of the items, those in the most lists, whose messages go to every host instead of into sums."""
     keep_layers: bool = False
     """gather: keep what passes between the layers, and what they are made of, so that a later run with this one as
-    task.data.previous and the same model makes again only what has changed. Disk: 5.4 KB an item of 384 features, 50
+    task.data.previous and the same model makes again only what has changed. Disk: 5.3 KB an item of 384 features, 50
     neighbours and layers of 512 and 256; such later runs share these files, and add what they made again."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the matrix products are made, and with gather the sums over neighbours, if its memory holds a layer. cuda:

@@ -132,13 +132,11 @@ class Storage:
         full = self.locate(path)
         try:
             with open(full, "rb", buffering=0) as file:
-                left = data = np.empty(os.fstat(file.fileno()).st_size, np.uint8).data
-                while left:
-                    piece = left[:_PIECE]
-                    if file.readinto(piece) != len(piece):
-                        raise OSError("it became shorter while it was read")
+                data = np.empty(os.fstat(file.fileno()).st_size, np.uint8).data
+                for first in range(0, len(data), _PIECE):
+                    piece = data[first : first + _PIECE]
+                    retry(f"read {full}", partial(_fill, file, first, piece))
                     look(piece)
-                    left = left[len(piece) :]
                 return data
         except FileNotFoundError:
             raise
@@ -381,6 +379,16 @@ class Storage:
         probe = f".writable-{uuid.uuid4().hex}"
         self.write_bytes(probe, b"")
         self.remove(probe)
+
+
+def _fill(file: io.FileIO, place: int, piece: memoryview) -> None:
+    """Read what is from a place of a file on."""
+    file.seek(place)
+    while piece:
+        count = file.readinto(piece)
+        if not count:
+            raise OSError("it became shorter while it was read")
+        piece = piece[count:]
 
 
 def _reserve(file: int, size: int) -> None:

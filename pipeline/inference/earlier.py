@@ -20,6 +20,7 @@ from pipeline.contracts.sharding import count_shards, shard_bounds
 from pipeline.contracts.storage import Storage
 from pipeline.inference.members import as_bits, members_of, places_of, rows_with
 from pipeline.inference.network import Array, Network
+from pipeline.inference.reducers import num_neighbours
 from pipeline.inference.sums import add_rows
 
 CONTENT, LISTS, WEIGHTS, SUMS = "features", "lists", "weights", "sums"
@@ -113,11 +114,6 @@ def parts_of(name: str) -> tuple[str, str, str]:
     """The datasets of what is kept under a name: the base, and ids and rows of its patch."""
     base = f"{schemas.LAYERS.name}/{name}"
     return base, f"{base}-ids", f"{base}-rows"
-
-
-def num_neighbours(neighbours: Manifest) -> int:
-    """The most neighbours that a list has room for."""
-    return int(neighbours.metadata["num_neighbours"])
 
 
 def as_kept(

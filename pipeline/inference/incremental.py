@@ -5,7 +5,7 @@ layers, content and lists, as raw rows that are mapped, so that of what did not 
 its neighbours. An item's first message is made again if its content changed; its next vector if its list changed, or
 it, or one of its list, has a message made again; and so on. Sums are exact and blocks of one size (`sums.py`,
 `network.py`), so a vector does not depend on which others are made beside it. Memory per task: one shard's embeddings,
-and a bit an item.
+what is made again of its items, 2 to 4 KB of each, and a bit an item of the catalogue.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ _LAYERS = schemas.LAYERS.name
 AGAIN = f"{_LAYERS}/again"
 _MOST = 4
 """One in so many items changed: from there on nearly all are reached, and a whole run costs less."""
-_SHARDS = 4
-"""So many shards' items are one task, where little is made of each: its blocks are filled."""
+_TASK_ROWS, _TASK_SHARDS = 200_000, 4
+"""So many shards are one task, if they are of so many items at most, as little is made of each: blocks are filled."""
 _FILES = 64
 """So many files of a base are one task: on a local disk they only get a second name."""
 _SAME_IDS = {CONTENT: "projected-1", WEIGHTS: LISTS}
@@ -94,6 +94,7 @@ class Incremental:
         self._num_items = self._items.num_rows
         former = [shard.rows for shard in earlier.embeddings.shards]
         self._cuts = continued_bounds(former, self._num_items, settings.resources.rows_per_shard)
+        self._together = max(1, min(_TASK_SHARDS, _TASK_ROWS // settings.resources.rows_per_shard))
         self._publisher = Publisher(storage, settings, lineage)
         self.remade: dict[str, int] = {}
 
@@ -125,7 +126,7 @@ class Incremental:
                 return stored(network.project(0, own), dtype, ids[part])
 
             made = in_blocks(message, len(ids), network.block)
-            index, weights = as_kept(*read_lists(lists), listed, width)
+            index, weights = as_kept(*read_lists(lists, width), listed, width)
             numbers, lists_numbers = (found.astype(np.uint32)[:, None] for found in (ids, listed))
             report = {"changed": len(np.union1d(ids, listed)), "remade": len(ids), "largest": largest_of(made)}
             return [lists_numbers, index, weights, rows, numbers, made], report
@@ -388,13 +389,13 @@ class Incremental:
 
     def _step(
         self, label: str, outputs: Sequence[Output],
-        make: Callable[[Task], tuple[Sequence[Made | Iterator[Made]], Report]], shards: int = _SHARDS,
+        make: Callable[[Task], tuple[Sequence[Made | Iterator[Made]], Report]], together: int | None = None,
     ) -> list[Report]:  # fmt: skip
-        """A task for the items of so many shards that follow each other."""
-        cuts, name = self._cuts, f"{AGAIN}/step-{label.replace(' ', '-')}"
-        tasks = []
-        for first in range(0, len(cuts) - 1, shards):
-            last = min(first + shards, len(cuts) - 1)
+        """A task for the items of some shards that follow each other."""
+        cuts, name, tasks = self._cuts, f"{AGAIN}/step-{label.replace(' ', '-')}", []
+        together = together or self._together
+        for first in range(0, len(cuts) - 1, together):
+            last = min(first + together, len(cuts) - 1)
             tasks.append({"start": cuts[first], "stop": cuts[last], "shards": list(range(first, last))})
         return run_step(
             self._spark, self._storage, self._lineage, name, tasks, outputs, make, f"inference: {label}"

@@ -96,11 +96,11 @@ class Gather:
         storage, neighbours, cache, network, bounds = (
             self._storage, self._neighbours, self._cache, self._network, self._bounds
         )  # fmt: skip
-        columns = projected.metadata["width"]
+        columns, listed = projected.metadata["width"], num_neighbours(neighbours)
 
         def of(shard: int) -> Sums:
             start, stop = bounds(shard)
-            index, weights = network.lists(layer, *read_lists(read_rows(storage, neighbours, start, stop)))
+            index, weights = network.lists(layer, *read_lists(read_rows(storage, neighbours, start, stop), listed))
             rows = Rows.of(storage, projected, cache)
             held = _hold_once(rows, network) if network.reduction == "sum" else None
             if held is not None:
@@ -156,14 +156,15 @@ def pooled(network: Network, sums: Any, unit: float) -> Any:
     return network.scale_held(sums, unit)
 
 
-def read_lists(table: pa.Table) -> Lists:
-    """Neighbour ids and weights [n, T] of rows of NEIGHBOURS; padding weighs 0.
+def read_lists(table: pa.Table, width: int) -> Lists:
+    """Neighbour ids and weights [n, T] of rows of NEIGHBOURS; padding weighs 0. T is width, or what the longest needs.
 
-    Raises DataError for weights that do not sum to at most 1, on which the sums' integers rely.
+    A sum of floats along a list may depend on T: width is the same for all rows of all runs. Raises DataError for
+    weights that do not sum to at most 1, on which the sums' integers rely.
     """
     indptr, ids = arrow_to_lists(table.column("neighbours"))
     _, weights = arrow_to_lists(table.column("weights"))
-    shape = table.num_rows, max(1, int(np.diff(indptr).max(initial=0)))
+    shape = table.num_rows, max(1, width, int(np.diff(indptr).max(initial=0)))
     index, shares = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
     row = _spread(read_only(indptr, np.int64), read_only(ids), read_only(weights), index, shares)
     if row >= 0:
@@ -190,6 +191,11 @@ def _spread(indptr: Any, ids: Any, weights: Any, index: Any, shares: Any) -> Any
         if bad < 0 and not (total < 1.01 and least >= 0):
             bad = row
     return bad
+
+
+def num_neighbours(neighbours: Manifest) -> int:
+    """The most neighbours that a list has room for."""
+    return int(neighbours.metadata["num_neighbours"])
 
 
 def key_of(storage: Storage, items: Manifest, item: int) -> str:

@@ -39,7 +39,7 @@ from pipeline.contracts.storage import Storage
 from pipeline.exchange import each_block, gather
 from pipeline.inference.network import Array, Network
 from pipeline.inference.publishing import Publisher
-from pipeline.inference.reducers import Sums, key_of, read_lists
+from pipeline.inference.reducers import Sums, key_of, num_neighbours, read_lists
 from pipeline.inference.sums import WIRE_BYTES, add_rows, packed, unpacked
 from pipeline.spark import Task
 from pipeline.steps import BlockStream, Made, Output, Report, run_step
@@ -85,12 +85,12 @@ class Edges:
 
     def _make(self) -> None:
         storage, num_items, num_shards = self._storage, self.num_items, self.num_shards
-        lists = self._laid_out()
+        lists, width = self._laid_out(), num_neighbours(self._neighbours)
         self.home = home = self._homes()
 
         def count(task: Task) -> tuple[Sequence[Made], Report]:
             table = lists(task["shard"])
-            index, weights = read_lists(table)
+            index, weights = read_lists(table, width)
             found, counts = np.unique(index[weights > 0], return_counts=True)
             counted = pa.table([found.astype(np.uint32), counts.astype(np.uint32)], schema=_COUNTS)
             return [(counted, shard_of(found, num_items, num_shards)), table.column("id").to_numpy()[:, None]], {}
@@ -113,9 +113,10 @@ class Edges:
         """Send every edge to the shard of its source, but those of hubs."""
         storage, cache, schema, network, kinds = self._storage, self._cache, self.schema, self._network, self.kinds
         hubs, num_shards = open_manifest(storage, f"{_EXCHANGE}/hubs"), self.num_shards
+        width = num_neighbours(self._neighbours)
 
         def lead(task: Task) -> tuple[Sequence[Made], Report]:
-            index, weights = read_lists(lists(task["shard"]))
+            index, weights = read_lists(lists(task["shard"]), width)
             shares = np.zeros((max(kinds) + 1, *index.shape), np.float32)
             for layer, kind in enumerate(kinds):
                 _, read = network.lists(layer, index, weights)

@@ -41,12 +41,11 @@ from pipeline.inference.earlier import (
     as_kept,
     find_earlier,
     keeps_sums,
-    num_neighbours,
 )
 from pipeline.inference.halves import as_single
 from pipeline.inference.incremental import AGAIN, Incremental, TooDifferentError, find_changes
 from pipeline.inference.network import Array, Network, filled, in_blocks
-from pipeline.inference.reducers import Gather, Reducer, pooled, read_lists
+from pipeline.inference.reducers import Gather, Reducer, num_neighbours, pooled, read_lists
 from pipeline.inference.sums import exponent_of, packed, quantum, top_of
 from pipeline.inference.vectors import as_stored
 from pipeline.spark import Task, say
@@ -150,7 +149,7 @@ class Layers:
             ids = reducer.ids(task["shard"])
             start = int(ids[0]) if len(ids) else 0
             rows = read_rows(storage, neighbours, start, start + len(ids))
-            return as_kept(*read_lists(rows), ids, width), {}
+            return as_kept(*read_lists(rows, width), ids, width), {}
 
         outputs = [
             Output(_dataset(name), raw=True, describe=lambda _, dtype=dtype: describe_rows(dtype, width))  # type: ignore[misc]
@@ -191,12 +190,12 @@ class Layers:
             made = in_blocks(block, count, network.block)
             if is_last:
                 rows, report = made_of(shard, made[0])
-                return [rows, *made[1:]], {**report, "packed_width": made[1].shape[1] if keeps else 0}
+                return [*made[1:], rows], {**report, "packed_width": made[1].shape[1] if keeps else 0}
             return made, _widths(ids_of(shard), hidden=made[0], projected=made[1])
 
         outputs = [self.reducer.embedded()]
-        if keeps:
-            outputs.append(Output(_dataset(SUMS), raw=True, describe=_describe_sums))
+        if keeps:  # before the embeddings: who has these is not run again
+            outputs.insert(0, Output(_dataset(SUMS), raw=True, describe=_describe_sums))
         if not is_last:
             outputs = [self._raw(f"hidden-{layer + 1}", "hidden"), self._raw(f"projected-{layer + 2}", "projected")]
         self._step(f"combine layer {layer + 1}", outputs, make)

@@ -61,7 +61,7 @@ def test_the_network_of_newcomers_is_that_of_the_run(finished: Shop) -> None:
         read_table(storage, open_manifest(storage, dataset))
         for dataset in (schemas.FEATURES, schemas.NEIGHBOURS, schemas.EMBEDDINGS)
     )
-    made = newcomers(finished).through(arrow_to_vectors(features.column("features")), read_lists(lists))
+    made = newcomers(finished).through(arrow_to_vectors(features.column("features")), read_lists(lists, 0))
     np.testing.assert_allclose(made, arrow_to_vectors(embeddings.column("embedding")), atol=1e-5)
 
 

@@ -123,7 +123,7 @@ def store_inputs(storage: Storage) -> tuple[Array, list[list[int]], list[list[fl
             write_shard(storage, dataset, shard, pa.table(columns, names=names), LINEAGE)
     for dataset in (schemas.FEATURES, schemas.NEIGHBOURS, schemas.ITEMS):
         shards = [finished_shard(storage, dataset, number, LINEAGE) for number in range(3)]
-        commit(storage, dataset, [shard for shard in shards if shard], LINEAGE)
+        commit(storage, dataset, [shard for shard in shards if shard], LINEAGE, {"num_neighbours": 6})
     return features, lists, weights
 
 
@@ -315,8 +315,8 @@ def test_weights_that_are_no_shares_are_refused() -> None:
             names=["id", "neighbours", "weights"],
         )
 
-    index, weights = read_lists(rows([0.75, 0.25]))
+    index, weights = read_lists(rows([0.75, 0.25]), 0)
     assert (index.tolist(), weights.tolist()) == ([[1, 2]], [[0.75, 0.25]])
     for bad in ([3.0, 1.0], [0.5, -0.5], [np.nan, 0.1]):
         with pytest.raises(DataError, match=r"item 7 have weights from .*, expected shares of 1"):
-            read_lists(rows(bad))
+            read_lists(rows(bad), 0)
