@@ -137,6 +137,13 @@ class Exported:
         scaled = sums.float().mul_(unit)
         return torch.nn.functional.pad(scaled, (0, 0, 0, self.block - len(scaled)))
 
+    def give_back(self) -> None:
+        """Leave the GPU memory that nobody in this process uses to others; torch keeps it else."""
+        import torch
+
+        if self._place.type == "cuda":
+            torch.cuda.empty_cache()
+
     def fetch(self, sums: Tensor) -> NDArray[np.int32]:
         """Such sums as an array."""
         fetched: NDArray[np.int32] = sums.cpu().numpy()

@@ -46,6 +46,9 @@ class Network(Protocol):
     def scale_held(self, sums: Any, unit: float) -> Any:
         """As `sums.scaled`, of sums that are there, with zeros below them up to a block."""
 
+    def give_back(self) -> None:
+        """Leave the GPU memory that nobody here uses to others."""
+
     def fetch(self, sums: Any) -> NDArray[np.int32]:
         """Such sums as an array."""
 

@@ -6,6 +6,7 @@ hold of it is read from disk, a page for every look-up.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Protocol
@@ -102,7 +103,7 @@ class Gather:
             start, stop = bounds(shard)
             index, weights = network.lists(layer, *read_lists(read_rows(storage, neighbours, start, stop), listed))
             rows = Rows.of(storage, projected, cache)
-            held = _hold_once(rows, network) if network.reduction == "sum" else None
+            held = hold_once(rows, network) if network.reduction == "sum" else None
             if held is not None:
                 return lambda part: network.sum_held(held, index[part], weights[part], unit)
             table = _map_once(rows)
@@ -138,15 +139,34 @@ def _map_once(rows: Rows) -> Table:
     return rows.map()
 
 
+KEPT_SECONDS = 20.0
+"""A GPU's memory is given back when no task has asked for the layer in it for so long: later stages may want it."""
 _held: list[tuple[Rows, Any]] = []
 """One layer, kept by the process where its network's GPU holds it; or that it does not."""
+_giving_back: list[threading.Timer] = []
 
 
-def _hold_once(rows: Rows, network: Network) -> Any:
-    if not _held or _held[0][0] != rows:
+def hold_once(rows: Rows, network: Network) -> Any:
+    """What the network's GPU holds of a layer, for this task and the process's next ones; None if nothing."""
+    for timer in _giving_back:
+        timer.cancel()
+    _giving_back.clear()
+    kept = next(iter(_held), None)
+    if kept is None or kept[0] != rows:
         _held.clear()
-        _held.append((rows, network.hold(_map_once(rows).parts())))
-    return _held[0][1]
+        kept = rows, network.hold(_map_once(rows).parts())
+        _held.append(kept)
+    if kept[1] is not None:
+
+        def give_back() -> None:
+            _held.clear()
+            network.give_back()
+
+        timer = threading.Timer(KEPT_SECONDS, give_back)
+        timer.daemon = True
+        timer.start()
+        _giving_back.append(timer)
+    return kept[1]
 
 
 def pooled(network: Network, sums: Any, unit: float) -> Any:

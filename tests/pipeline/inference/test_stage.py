@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,10 @@ from pipeline.contracts.datasets import (
     write_shard,
 )
 from pipeline.contracts.errors import DataError
+from pipeline.contracts.replica import Rows
+from pipeline.contracts.rows import describe_rows, write_rows
 from pipeline.contracts.storage import Storage
-from pipeline.inference import stage
+from pipeline.inference import reducers, stage
 from pipeline.inference.network import filled
 from pipeline.inference.reducers import read_lists
 from pipeline.inference.sums import add_rows, scaled
@@ -52,7 +55,7 @@ class PlainNetwork:
     reads = "all in the first layer, two in the second"
 
     def __init__(self, num_layers: int, reduction: str = "sum", breaks_in: str = "", holds: bool = False) -> None:
-        generator, self.holds = np.random.default_rng(0), holds
+        generator, self.holds, self.gave_back = np.random.default_rng(0), holds, 0
         self.num_layers, self.reduction, self.breaks_in, self.block = num_layers, reduction, breaks_in, 256
         self.q = generator.normal(size=(num_layers, WIDTH, 4)).astype(np.float32)
         self.w = generator.normal(size=(num_layers, WIDTH + 4, WIDTH)).astype(np.float32)
@@ -82,6 +85,9 @@ class PlainNetwork:
 
     def scale_held(self, sums: Any, unit: float) -> Any:
         return scaled(filled(sums["sums"], self.block), unit)
+
+    def give_back(self) -> None:
+        self.gave_back += 1
 
     def fetch(self, sums: Any) -> NDArray[np.int32]:
         return np.asarray(sums["sums"])
@@ -184,6 +190,23 @@ def test_layers_that_are_held_and_summed_elsewhere_give_the_same_bytes(spark: Sp
     expected, _, _ = embed(spark, storage, PlainNetwork(2), 4, GATHER)
     found, _, _ = embed(spark, storage, PlainNetwork(2, holds=True), 4, GATHER)
     np.testing.assert_array_equal(found, expected)
+
+
+def test_what_is_held_is_given_back_when_no_task_asks_for_it(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reducers, "KEPT_SECONDS", 0.5)
+    matrix, network = np.arange(12, dtype=np.float32).reshape(4, 3), PlainNetwork(1, holds=True)
+    shard = write_rows(storage, "layer", 0, matrix, LINEAGE)
+    rows = Rows.of(storage, commit(storage, "layer", [shard], LINEAGE, describe_rows("float32", 3)), None)
+    first = reducers.hold_once(rows, network)
+    np.testing.assert_array_equal(first["rows"], matrix)
+    assert reducers.hold_once(rows, network) is first
+    assert network.gave_back == 0
+    waited = time.monotonic() + 30
+    while not network.gave_back and time.monotonic() < waited:
+        time.sleep(0.05)
+    assert network.gave_back == 1
+    assert reducers.hold_once(rows, network) is not first
+    assert reducers.hold_once(rows, PlainNetwork(1)) is not None, "the process holds it already"
 
 
 @pytest.mark.parametrize("reduction", ["sum", "max"])
