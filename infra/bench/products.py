@@ -28,8 +28,8 @@ from infra.bench import measure
 from model.export import BLOCK, GPU_BLOCK, load_exported
 from model.pinsage import PinSage
 from pipeline.contracts.config import Model
-from pipeline.inference.network import filled, in_blocks
-from pipeline.inference.sums import add_rows, quantum, scaled
+from pipeline.inference.network import in_blocks
+from pipeline.inference.sums import add_rows, pooled, quantum
 
 FEATURES, HIDDEN, OUTPUTS, NEIGHBOURS, ROUNDS = 384, 512, 256, 50, 7
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
@@ -103,9 +103,7 @@ def compare_sums(
         return out
 
     def combined(part: slice) -> Any:
-        sums = summed(part)
-        pooled = scaled(filled(sums, block), unit) if held is None else network.scale_held(sums, unit)
-        return network.combine(0, h[part], pooled)
+        return network.combine(0, h[part], pooled(network, summed(part), unit))
 
     parts = [slice(first, first + block) for first in range(0, rows, block)]
     made = [summed(part) for part in parts[:8]]

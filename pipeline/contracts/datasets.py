@@ -410,9 +410,12 @@ def overlapping(manifest: Manifest, start: int, stop: int) -> Iterator[tuple[int
 
 def shard_of_rows(manifest: Manifest, start: int, stop: int) -> int | None:
     """The shard of just the rows [start, stop), at least one, if there is such a shard."""
-    found = next((part for part in overlapping(manifest, start, stop)), None) if start < stop else None
-    is_whole = found is not None and found[1:] == (0, stop - start) and manifest.shards[found[0]].rows == stop - start
-    return found[0] if found is not None and is_whole else None
+    first = 0
+    for number, shard in enumerate(manifest.shards):
+        if first == start and shard.rows == stop - start > 0:
+            return number
+        first += shard.rows
+    return None
 
 
 def read_table(storage: Storage, manifest: Manifest, columns: Sequence[str] | None = None) -> pa.Table:

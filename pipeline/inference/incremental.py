@@ -43,8 +43,8 @@ from pipeline.inference.earlier import (
 from pipeline.inference.halves import as_single
 from pipeline.inference.network import Array, Network, filled, in_blocks
 from pipeline.inference.publishing import Publisher
-from pipeline.inference.reducers import key_of, pooled, read_lists
-from pipeline.inference.sums import exponent_of, largest_of, packed, quantum, top_of, unpacked
+from pipeline.inference.reducers import key_of, read_lists
+from pipeline.inference.sums import exponent_of, largest_of, packed, pooled, quantum, top_of, unpacked
 from pipeline.inference.vectors import as_stored
 from pipeline.spark import Task, run_tasks
 from pipeline.steps import Made, Output, Report, run_step

@@ -66,30 +66,26 @@ class Publisher:
 
         Where a shard of the earlier run has just these items, its bytes serve, else they are made of its rows.
         """
-        known, data = self._former_bytes(start, stop)
+        found = self._former_bytes(start, stop)
         try:
-            places = None if data is None else find_vectors(data, "embedding")
+            places = None if found is None else find_vectors(found[1], "embedding")
         except ValueError:
             places = None
-        if (
-            data is None
-            or places is None
-            or start == stop
-            or (places.dtype, places.width) != (vectors.dtype, vectors.shape[1])
-        ):
+        if found is None or places is None or (places.dtype, places.width) != (vectors.dtype, vectors.shape[1]):
             whole = np.zeros((stop - start, vectors.shape[1]), vectors.dtype)
             rows = self.former(start, stop)
             if rows is not None:
                 whole[: rows.num_rows] = arrow_to_vectors(rows["embedding"])
             whole[ids - start] = vectors
             return self.rows(start, stop, whole, rows)
+        known, data = found
         drift = _drift(as_single(vectors), as_single(places.take(data, ids - start)))
         same = stop - start - len(ids)
         drift = {"compared": stop - start, "cosines": drift["cosines"] + same, "moved": drift["moved"]}
         places.replace(data, ids - start, vectors)
         return self._made(data, known, {**_statistics(*places.pages(data)), "drift": drift})
 
-    def _former_bytes(self, start: int, stop: int) -> tuple[pa.Table, memoryview | None]:
+    def _former_bytes(self, start: int, stop: int) -> tuple[pa.Table, memoryview] | None:
         """Degrees of the items [start, stop), and the earlier run's shard of just these items, to be changed.
 
         None if it has none, or they had other keys.
@@ -97,7 +93,7 @@ class Publisher:
         former, earlier, storage, items = self._former, self._earlier, self._storage, self._items
         number = None if former is None else shard_of_rows(former, start, stop)
         if former is None or earlier is None or number is None:
-            return read_rows(storage, items, start, stop, ["degree"]), None
+            return None
         shard, known = former.shards[number], former.metadata.get("shard_digests")
         digest, expected = (ByteDigest(), known[number]) if known else (hashlib.sha256(), shard.sha256)
         data, own = load_stored(earlier, former.dataset, shard, digest, expected), shard_of_rows(items, start, stop)
@@ -105,8 +101,9 @@ class Publisher:
             stored = read_stored(storage, items.dataset, items.shards[own])
             if is_stored_alike(stored, data, "key"):
                 return pq.read_table(pa.BufferReader(stored), columns=["degree"]), data
-        rows = read_rows(storage, items, start, stop, ["key", "degree"])
-        return rows, data if pq.read_table(pa.BufferReader(data), columns=["key"])["key"].equals(rows["key"]) else None
+        rows, former_keys = read_rows(storage, items, start, stop, ["key", "degree"]), pa.BufferReader(data)
+        is_same = pq.read_table(former_keys, columns=["key"])["key"].equals(rows["key"])
+        return (rows, data) if is_same else None
 
     def describe(self, reports: list[Report]) -> dict[str, Any]:
         """What the manifest says of all embeddings.

@@ -32,9 +32,9 @@ from pipeline.contracts.sharding import count_shards, shard_bounds
 from pipeline.contracts.storage import Storage
 from pipeline.contracts.vectors import read_vectors
 from pipeline.inference.members import places_of
-from pipeline.inference.network import Array, Lists, Network, filled
+from pipeline.inference.network import Array, Lists, Network
 from pipeline.inference.publishing import Publisher
-from pipeline.inference.sums import add_rows, scaled
+from pipeline.inference.sums import add_rows
 from pipeline.mixing import read_only
 from pipeline.steps import Made, Output, Report
 
@@ -167,13 +167,6 @@ def hold_once(rows: Rows, network: Network) -> Any:
         timer.start()
         _giving_back.append(timer)
     return kept[1]
-
-
-def pooled(network: Network, sums: Any, unit: float) -> Any:
-    """What a layer's combine reads: the sums as float32, a block of them."""
-    if isinstance(sums, np.ndarray):
-        return scaled(filled(sums, network.block), unit)
-    return network.scale_held(sums, unit)
 
 
 def read_lists(table: pa.Table, width: int) -> Lists:

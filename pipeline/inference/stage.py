@@ -45,8 +45,8 @@ from pipeline.inference.earlier import (
 from pipeline.inference.halves import as_single
 from pipeline.inference.incremental import AGAIN, Incremental, TooDifferentError, find_changes
 from pipeline.inference.network import Array, Network, filled, in_blocks
-from pipeline.inference.reducers import Gather, Reducer, num_neighbours, pooled, read_lists
-from pipeline.inference.sums import exponent_of, packed, quantum, top_of
+from pipeline.inference.reducers import Gather, Reducer, num_neighbours, read_lists
+from pipeline.inference.sums import exponent_of, packed, pooled, quantum, top_of
 from pipeline.inference.vectors import as_stored
 from pipeline.spark import Task, say
 from pipeline.steps import Made, Output, Report, run_step

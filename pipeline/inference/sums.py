@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from pipeline.inference.halves import widened
 from pipeline.inference.lanes import LANES, ROWS, add_lanes
+from pipeline.inference.network import Network, filled
 from pipeline.mixing import read_only
 from pipeline.walk_kernel import prefetch
 
@@ -83,6 +84,13 @@ def scaled(sums: NDArray[np.int32], unit: float) -> NDArray[np.float32]:
     values = sums.astype(np.float32)
     values *= np.float32(unit)
     return values
+
+
+def pooled(network: Network, sums: Any, unit: float) -> Any:
+    """What a layer's combine reads: the sums as float32, a block of them."""
+    if isinstance(sums, np.ndarray):
+        return scaled(filled(sums, network.block), unit)
+    return network.scale_held(sums, unit)
 
 
 def packed(sums: NDArray[np.int32], dtype: str) -> NDArray[np.uint8]:
