@@ -121,8 +121,9 @@ def run_stages(stages: Sequence[Stage], settings: Settings, force: bool = False)
             elif stage is schemas.TRAIN:
                 adopt(storage, settings, lineage)
             else:
-                launch(settings.resources.spark)  # while the stage is imported
-                _runner(stage)(spark(NETWORK if stage is schemas.INFERENCE else ()), storage, settings, lineage)
+                run, imports = _runner(stage), NETWORK if stage is schemas.INFERENCE else ()
+                launch(settings.resources.spark, imports)
+                run(spark(imports), storage, settings, lineage)
             ran.append(stage.name)
             seconds = time.monotonic() - started
             measured = json.dumps(measure(storage, stage, seconds), indent=1).encode()

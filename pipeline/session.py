@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -27,7 +28,7 @@ from pipeline.contracts.config import SparkResources
 from pipeline.contracts.errors import ResourceError
 from pipeline.contracts.safety import SECRET_NAMES
 from pipeline.jvm import LIGHT, archive_options
-from pipeline.worker_daemon import IMPORTS
+from pipeline.worker_daemon import AHEAD, IMPORTS, fork_ahead
 
 _LOCATORS = "UserProvidedCacheLocator,InTreeCacheLocator,UserWideCacheLocator,IPythonCacheLocator,ZipCacheLocator"
 """Where numba looks for compiled kernels of its own accord."""
@@ -36,14 +37,16 @@ _LONGEST_FOLDER = 61
 _QUIET = Path(__file__).with_name("log4j2.properties")
 
 
-def launch(resources: SparkResources) -> None:
+def launch(resources: SparkResources, imports: Sequence[str] = ()) -> None:
     """Let Spark's JVM start, and return at once: what the caller imports and reads meanwhile takes no time then.
 
-    session waits for it; if it did not start, session tries again, and says why.
+    session waits for it; if it did not start, session tries again, and says why. What the caller has imported, a local
+    session's workers have too, and what imports names.
     """
     if _is_submitted() or SparkContext._gateway is not None:
         return
     settings = _settings(resources)
+    _fork_ahead(dict(settings.getAll()), imports)
 
     def start() -> None:
         with suppress(Exception):
@@ -76,6 +79,32 @@ def session(resources: SparkResources, name: str, imports: Sequence[str] = ()) -
     return spark
 
 
+def _fork_ahead(settings: dict[str, str], imports: Sequence[str]) -> None:
+    """Let what workers are forked from import while the JVM starts, where it is a fork of this process."""
+    folder, sign = settings.get("spark.python.unix.domain.socket.dir"), "spark.executorEnv."
+    if folder is None or _ahead:
+        return
+    own = {name.removeprefix(sign): value for name, value in settings.items() if name.startswith(sign)}
+    threads = {"OMP_NUM_THREADS": settings.get("spark.task.cpus", "1")}  # as Spark tells its workers
+    path = f"{folder}/{_AHEAD_NAME}"
+    child = fork_ahead(path, {**os.environ, **threads, **own}, imports)
+    if child is not None:
+        _ahead[path] = child
+        atexit.register(_end_ahead)
+
+
+def _end_ahead() -> None:
+    """Let the process that was forked end, and wait for it."""
+    while _ahead:
+        _, child = _ahead.popitem()
+        with suppress(ProcessLookupError, ChildProcessError):
+            os.kill(child, signal.SIGTERM)
+            os.waitpid(child, 0)
+
+
+_ahead: dict[str, int] = {}
+"""The process that was forked ahead, by its socket; one in a process's life."""
+_AHEAD_NAME = "ahead"
 _stopping: list[threading.Thread] = []
 """What still stops the last session."""
 
@@ -87,6 +116,7 @@ def stop(spark: SparkContext) -> None:
     _stopping.append(thread)
     while thread.is_alive() and spark._jsc is not None:
         thread.join(0.01)
+    _end_ahead()
 
 
 def _is_submitted() -> bool:
@@ -116,6 +146,7 @@ def _settings(resources: SparkResources, imports: Sequence[str] = ()) -> SparkCo
             wanted |= {"spark.driver.bindAddress": "127.0.0.1", "spark.driver.host": "127.0.0.1", **_unix_sockets()}
             wanted["spark.python.daemon.module"] = "pipeline.worker_daemon"
             wanted[f"spark.executorEnv.{IMPORTS}"] = ",".join(imports)
+            wanted |= {f"spark.executorEnv.{AHEAD}": path for path in _ahead}
     wanted |= resources.conf
     if not submitted:
         options = wanted.get("spark.driver.extraJavaOptions", "")

@@ -3,37 +3,166 @@
 Spark's own takes pyspark from a zip, which holds no compiled code, and leaves it to every worker to import what its
 first task needs, and numba to make ready for what is compiled. Of what is imported here only Arrow's allocator has a
 thread, and does without in a fork.
+
+Where it may, a session forks it from the driver, before Spark's JVM starts (`fork_ahead`): it has the driver's modules
+then, and imports the rest while the JVM starts. When Spark asks for its daemon, what it starts hands its streams over
+to the one that waits, on a Unix socket, and stays as long as that lives. What keeps it from that (other threads, an
+environment that changed, a fork that has died) costs time and nothing else: Spark's process is the daemon itself then.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import json
 import os
+import signal
+import socket
+import struct
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-IMPORTS = "PINSAGE_IMPORTS"
-"""Environment variable: more modules to import, with commas between."""
+IMPORTS, AHEAD = "PINSAGE_IMPORTS", "PINSAGE_AHEAD"
+"""Environment variables: more modules to import, with commas between; the socket of the process forked ahead."""
 NEEDED = ("numba", "pyarrow.compute", "pyarrow.parquet", "pyspark.worker", "pipeline.spark")
+_UNFORKABLE = ("torch", "faiss")
+"""Libraries whose threads, if the driver has used them, a fork would wait for."""
+_READ_EARLY = ("OMP_", "MKL_", "OPENBLAS_", "KMP_", "NUMBA_NUM", "TORCH_", "PYTORCH_")
+"""How variables begin that libraries read as they are imported."""
+_PR_SET_PDEATHSIG = 1
+_TAKEN = b"+"
 
 
 def main() -> None:
-    """Import, and serve Spark until it ends."""
+    """Be the daemon, or wait for the one that was forked ahead; serve Spark until it ends."""
+    path = os.environ.get(AHEAD)
+    if path and _hand_over(path):
+        return
+    prepare(filter(None, os.environ.get(IMPORTS, "").split(",")))
+    serve()
+
+
+def prepare(imports: Sequence[str] | Any) -> None:
+    """Import what workers need."""
     gc.disable()  # what is imported stays: looking for garbage among it takes a tenth of the time
     sys.path[:] = [entry for entry in sys.path if not is_copy(entry, sys.path)]
-    for name in (*NEEDED, *filter(None, os.environ.get(IMPORTS, "").split(","))):
+    for name in (*NEEDED, *imports):
         import_module(name)
     import_module("pyarrow").array([""])  # imports pandas, if that is installed
     import_module("pipeline.mixing").mix(0)  # the first compiled call of a process takes half a second
-    gc.collect()
     gc.freeze()
     gc.enable()
+
+
+def serve() -> None:
+    """Fork workers for Spark until it ends."""
     daemon: Any = import_module("pyspark.daemon")
     daemon.worker = quiet(daemon.worker)
     daemon.manager()
+
+
+def fork_ahead(path: str, environment: Mapping[str, str], imports: Sequence[str]) -> int | None:
+    """Fork a process that imports and then waits at a Unix socket to become the daemon; its number.
+
+    environment is what Spark will give its workers. None, and no fork, where that is not safe: other threads may hold
+    locks that nobody would release.
+    """
+    if sys.platform != "linux" or threading.active_count() > 1 or any(name in sys.modules for name in _UNFORKABLE):
+        return None
+    with suppress(OSError, AttributeError):
+        server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        server.bind(path)
+        server.listen(1)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        parent = os.getpid()
+        child = os.fork()
+        if not child:
+            _wait(server, parent, environment, imports)
+        server.close()
+        return child
+    return None
+
+
+def _wait(server: socket.socket, parent: int, environment: Mapping[str, str], imports: Sequence[str]) -> None:
+    """In the fork: import, be handed Spark's streams, serve. Never returns to what the driver was doing."""
+    code = 1
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as Spark's JVM and all that it starts
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() != parent:
+            return
+        os.environ.clear()
+        os.environ.update(environment)
+        prepare(imports)
+        connection, _ = server.accept()
+        server.close()
+        size, streams, *_ = socket.recv_fds(connection, _SIZE.size, 3)
+        given = json.loads(_receive(connection, *_SIZE.unpack(size)))
+        if _early(given["environment"]) != _early(environment):
+            return
+        for place, stream in enumerate(streams):
+            os.dup2(stream, place)
+            os.close(stream)
+        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115 (stay)
+        os.environ.clear()
+        os.environ.update(given["environment"])
+        sys.argv = given["arguments"]
+        connection.sendall(_TAKEN + _SIZE.pack(os.getpid()))
+        code = 0
+        serve()
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 1
+    finally:
+        os._exit(code)
+
+
+_SIZE = struct.Struct("!q")
+
+
+def _hand_over(path: str) -> bool:
+    """Let the process that waits there be Spark's daemon, and end with it; False if it cannot be."""
+    try:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.connect(path)
+        given = json.dumps({"environment": dict(os.environ), "arguments": sys.argv}).encode()
+        socket.send_fds(connection, [_SIZE.pack(len(given))], [0, 1, 2])
+        connection.sendall(given)
+        answer = _receive(connection, len(_TAKEN) + _SIZE.size)
+    except OSError:
+        return False
+    if not answer.startswith(_TAKEN):
+        return False
+    (daemon,) = _SIZE.unpack(answer[len(_TAKEN) :])
+
+    def end(*_: object) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(daemon, signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, end)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1):  # Spark sees that they end when they do
+        os.dup2(nothing, stream)
+    _receive(connection, 1)
+    return True
+
+
+def _receive(connection: socket.socket, size: int) -> bytes:
+    """So many bytes, or fewer if the other end closes."""
+    found = b""
+    while len(found) < size and (part := connection.recv(size - len(found))):
+        found += part
+    return found
+
+
+def _early(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name.startswith(_READ_EARLY)}
 
 
 def is_copy(entry: str, entries: Sequence[str]) -> bool:
