@@ -18,7 +18,7 @@ from pipeline.contracts.replica import Rows
 from pipeline.contracts.rows import Table, is_dense, read_own_rows
 from pipeline.contracts.sharding import count_shards, shard_bounds
 from pipeline.contracts.storage import Storage
-from pipeline.inference.members import as_bits, members_of, places_of, rows_with
+from pipeline.inference.members import Members, places_of
 from pipeline.inference.network import Array, Network
 from pipeline.inference.reducers import num_neighbours
 from pipeline.inference.sums import add_rows
@@ -147,24 +147,24 @@ def continued_bounds(former: Sequence[int], num_items: int, rows_per_shard: int)
 
 @dataclass(frozen=True)
 class Patch:
-    """Rows of some items: their ids, ascending, also as bits, and the rows in that order."""
+    """Rows of some items: their ids, ascending, also as a set, and the rows in that order."""
 
     ids: NDArray[np.uint32]
-    bits: NDArray[np.uint64]
+    members: Members
     table: Table
 
     @classmethod
     def open(cls, storage: Storage, ids: Manifest, rows: Manifest, num_items: int, cache: str | None) -> Patch:
         """Map it; num_items is of tonight."""
         own = all_ids(storage, ids)
-        return cls(own, as_bits(own, num_items), _map_once(Rows.of(storage, rows, cache)))
+        return cls(own, Members.of(own, num_items), _map_once(Rows.of(storage, rows, cache)))
 
     def find(
         self, ids: NDArray[np.integer], weights: NDArray[np.float32] | None = None
-    ) -> tuple[NDArray[np.int64], NDArray[np.integer]]:
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Of some ids [n], of those that weigh something, it has which: their places [k], and those in its rows [k]."""
-        found, slots = members_of(self.bits, self.ids, ids, weights)
-        return found, self.table.places(slots)
+        found, slots = self.members.find(ids, weights)
+        return found, places_of(self.table, slots)
 
 
 @dataclass(frozen=True)
@@ -201,15 +201,15 @@ class Overlay:
             result[own] = patch.table.rows[places]
         return result
 
-    def lists_with(self, bits: NDArray[np.uint64], start: int, stop: int) -> NDArray[np.bool_]:
+    def lists_with(self, members: Members, start: int, stop: int) -> NDArray[np.bool_]:
         """Of LISTS as they were last night: which of items [start, stop) have one of a set in theirs."""
         result = np.zeros(stop - start, np.bool_)
         known = max(0, min(stop, self.old.num_rows) - start)
-        result[:known] = rows_with(bits, self.old.rows, self.old.places(np.arange(start, start + known)))
+        result[:known] = members.rows_with(self.old.rows, places_of(self.old, np.arange(start, start + known)))
         for patch in self.patches[1:]:
             low, high = np.searchsorted(patch.ids, [start, stop])
-            places = patch.table.places(np.arange(low, high))
-            result[patch.ids[low:high].astype(np.int64) - start] = rows_with(bits, patch.table.rows, places)
+            places = places_of(patch.table, np.arange(low, high))
+            result[patch.ids[low:high].astype(np.int64) - start] = members.rows_with(patch.table.rows, places)
         return result
 
     def sums(self, index: Array, weights: Array, unit: float, reduction: str) -> NDArray[np.int32]:

@@ -161,7 +161,7 @@ class Incremental:
             reached = np.zeros(stop - start, np.bool_)
             for name in (LISTS, moved):
                 reached[changed_of(name, start, stop).astype(np.int64) - start] = True
-            reached |= lists.lists_with(table.patches[0].bits, start, stop)
+            reached |= lists.lists_with(table.patches[0].members, start, stop)
             ids = start + np.flatnonzero(reached)
             share = len(ids) / max(1, stop - start)
             own, kept_weights = own_of(share), weights_of(share).rows(ids)

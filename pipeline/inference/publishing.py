@@ -9,7 +9,6 @@ import numba
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.contracts import schemas
@@ -18,6 +17,7 @@ from pipeline.contracts.datasets import (
     Lineage,
     Manifest,
     arrow_to_vectors,
+    decode_table,
     encode_table,
     find_manifest,
     load_stored,
@@ -100,10 +100,9 @@ class Publisher:
         if own is not None:
             stored = read_stored(storage, items.dataset, items.shards[own])
             if is_stored_alike(stored, data, "key"):
-                return pq.read_table(pa.BufferReader(stored), columns=["degree"]), data
-        rows, former_keys = read_rows(storage, items, start, stop, ["key", "degree"]), pa.BufferReader(data)
-        is_same = pq.read_table(former_keys, columns=["key"])["key"].equals(rows["key"])
-        return (rows, data) if is_same else None
+                return decode_table(stored, ["degree"]), data
+        rows = read_rows(storage, items, start, stop, ["key", "degree"])
+        return (rows, data) if decode_table(data, ["key"])["key"].equals(rows["key"]) else None
 
     def describe(self, reports: list[Report]) -> dict[str, Any]:
         """What the manifest says of all embeddings.

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from pipeline.contracts.rows import Table
 from pipeline.inference.earlier import Overlay, Patch
-from pipeline.inference.members import as_bits
+from pipeline.inference.members import Members
 
 WIDTH, KNOWN, ITEMS, LISTED, UNIT = 19, 300, 340, 8, 2.0**-18
 
@@ -22,7 +22,7 @@ def table_of(random: np.random.Generator, size: int) -> Table:
 
 def patch_of(random: np.random.Generator, ids: NDArray[np.integer]) -> Patch:
     own = np.unique(ids).astype(np.uint32)
-    return Patch(own, as_bits(own, ITEMS), table_of(random, len(own)))
+    return Patch(own, Members.of(own, ITEMS), table_of(random, len(own)))
 
 
 def overlays(random: np.random.Generator, with_older: bool) -> tuple[Overlay, Overlay]:

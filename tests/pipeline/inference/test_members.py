@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.contracts.rows import Table
-from pipeline.inference.members import as_bits, members_of, places_of, rows_with
+from pipeline.inference.members import Members, places_of
 from pipeline.inference.sums import largest_of, top_of
 
 
@@ -15,23 +15,25 @@ def test_rows_with_any_of_a_set_are_found() -> None:
     chosen = np.unique(random.integers(0, 1000, 40)).astype(np.uint32)
     lists = random.integers(0, 1000, (300, 9)).astype(np.uint32)
     expected = np.array([bool(set(row) & set(chosen.tolist())) for row in lists.tolist()])
-    bits, places = as_bits(chosen, 1000), random.permutation(300)
-    assert rows_with(bits, lists, places).tolist() == expected[places].tolist()
+    members, places = Members.of(chosen, 1000), random.permutation(300)
+    assert members.rows_with(lists, places).tolist() == expected[places].tolist()
     assert 0 < expected.sum() < 300
-    assert rows_with(bits, lists, places[:0]).shape == (0,)
+    assert members.rows_with(lists, places[:0]).shape == (0,)
 
 
 def test_the_places_of_members_are_found_and_of_no_others() -> None:
     random = np.random.default_rng(3)
-    members = np.unique(random.integers(0, 1000, 60)).astype(np.uint32)
+    chosen = np.unique(random.integers(0, 1000, 400)).astype(np.uint32)
     ids, weights = random.integers(0, 1000, 280), random.integers(0, 2, 280).astype(np.float32)
-    bits, inside = as_bits(members, 1000), np.isin(ids, members)
+    members, inside = Members.of(chosen, 1000), np.isin(ids, chosen)
     for given, expected in ((None, inside), (weights, inside & (weights > 0))):
-        places, slots = members_of(bits, members, ids, given)
+        places, slots = members.find(ids, given)
         assert places.tolist() == np.flatnonzero(expected).tolist()
-        np.testing.assert_array_equal(members[slots], ids[places])
+        np.testing.assert_array_equal(chosen[slots], ids[places])
         assert 0 < len(places) < len(ids)
-    assert members_of(as_bits(members[:0], 1000), members[:0], ids)[0].shape == (0,)
+    assert Members.of(chosen[:0], 1000).find(ids)[0].shape == (0,)
+    everyone = np.arange(1000, dtype=np.uint32)
+    assert Members.of(everyone, 1000).find(everyone)[1].tolist() == everyone.tolist()
 
 
 @pytest.mark.parametrize("sizes", [[300], [7, 1, 92, 3000, 0, 40], [5] * 4000], ids=["one", "uneven", "many"])
