@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pyspark import SparkContext
 
@@ -27,6 +26,7 @@ from pipeline.contracts.datasets import (
     arrow_to_vectors,
     begin,
     commit,
+    decode_table,
     find_manifest,
     finished_file,
     read_rows,
@@ -92,7 +92,7 @@ class Noting:
                 table = make(task["shard"])
                 shard = write_shard(storage, dataset, task["shard"], table, lineage)
             else:
-                shard, table = finished[0], pq.read_table(pa.BufferReader(finished[1]))
+                shard, table = finished[0], decode_table(finished[1])
             return {"shard": asdict(shard), "noted": self.note(task["shard"], table)}
 
         results = run_tasks(spark, [{"shard": number} for number in range(num_shards)], work, label)

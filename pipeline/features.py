@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pyspark import SparkContext
 
 from pipeline.contracts import config
@@ -29,6 +28,7 @@ from pipeline.contracts.datasets import (
     arrow_to_vectors,
     begin,
     commit,
+    decode_table,
     find_manifest,
     finished_file,
     open_manifest,
@@ -79,7 +79,7 @@ def run(spark: SparkContext, storage: Storage, settings: Settings, lineage: Line
             made = pa.table({"id": table.column("id"), "features": vectors_to_arrow(vectors)})
             shard = write_shard(storage, FEATURES, number, made, lineage)
         else:
-            shard, made = finished[0], pq.read_table(pa.BufferReader(finished[1]))
+            shard, made = finished[0], decode_table(finished[1])
             vectors = arrow_to_vectors(made.column("features"))
         wide = vectors.astype(np.float64)
         return {

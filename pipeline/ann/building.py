@@ -19,7 +19,6 @@ from typing import Any
 import faiss
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pyspark import SparkContext
 
@@ -58,7 +57,7 @@ class Source:
         """A shard's embeddings [n, d] and keys. Raises DataError, naming shard, row and key, for one that is bad."""
         data = datasets.read_stored(self.storage, self.embeddings.dataset, self.embeddings.shards[shard])
         vectors = np.ascontiguousarray(vectors_in(data, "embedding"), dtype=np.float32)
-        keys = pq.read_table(pa.BufferReader(data), columns=["key"]).column("key")
+        keys = datasets.decode_table(data, ["key"]).column("key")
         check_vectors(vectors, keys, shard)
         return vectors, keys
 

@@ -15,8 +15,8 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property, lru_cache
 from importlib import metadata as packages
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -36,6 +36,8 @@ RECEIPTS = "_building"
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 _OURS = re.compile(r"part-\d+\.parquet|checkpoint\.pt")
 """Names that only stages give: an old version's shards, a finished training's checkpoint. Receipts name the rest."""
+_LEVELS = 2
+"""Of a manifest that are laid out line by line."""
 Data = TypeVar("Data", bound="bytes | memoryview")
 _MAX_LIST_ENTRIES = 2**31 - 1
 """Of one list column in one shard: Arrow and Parquet count them in 32 bits."""
@@ -70,7 +72,7 @@ class Lineage:
     settings: dict[str, Any]
     inputs: dict[str, str]
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of all that the stage's outputs depend on."""
         return _digest({"schema_version": SCHEMA_VERSION, **asdict(self)})
@@ -98,7 +100,7 @@ class Manifest:
         """Stored bytes of all shards."""
         return sum(shard.bytes for shard in self.shards)
 
-    @property
+    @cached_property
     def content(self) -> str:
         """SHA-256 of what is stored: equal whenever the shards and the metadata are, whenever they were made."""
         shards = [(shard.name, shard.rows, shard.sha256) for shard in self.shards]
@@ -213,7 +215,10 @@ def commit(
         code_version=code_version(),
         created_at=time.time(),
     )
-    text = json.dumps({**asdict(manifest), "content": manifest.content}, indent=1, sort_keys=True)
+    tree = {field.name: getattr(manifest, field.name) for field in fields(manifest)}
+    text = _laid_out(
+        {**tree, "shards": [*map(vars, manifest.shards)], "lineage": asdict(lineage), "content": manifest.content}
+    )
     received = {receipt.removesuffix(".json") for receipt in storage.names(f"{name}/{RECEIPTS}")}
     kept = {shard.name for shard in manifest.shards}
     for other in storage.names(name):
@@ -223,6 +228,20 @@ def commit(
     storage.write_bytes(f"{name}/{MANIFEST}", text.encode())
     storage.delete(f"{name}/{RECEIPTS}")
     return manifest
+
+
+def _laid_out(tree: Any, line: str = "\n") -> str:
+    """JSON for people too: a line for each key of objects, and for each object of a list, encoded by the C encoder.
+
+    With an indent json encodes in Python: of a step's reports ten times as long.
+    """
+    inner = f"{line} "
+    if isinstance(tree, dict) and tree and len(line) <= _LEVELS:
+        items = (f"{json.dumps(name)}: {_laid_out(value, inner)}" for name, value in sorted(tree.items()))
+        return f"{{{inner}{f',{inner}'.join(items)}{line}}}"
+    if isinstance(tree, list) and tree and isinstance(tree[0], dict):
+        return f"[{inner}{f',{inner}'.join(json.dumps(value, sort_keys=True) for value in tree)}{line}]"
+    return json.dumps(tree, sort_keys=True)
 
 
 def begin(storage: Storage, dataset: Dataset | str) -> None:
@@ -310,6 +329,18 @@ def encode_table(table: pa.Table) -> memoryview:
     return memoryview(sink.getvalue())
 
 
+def decode_table(data: bytes | memoryview, columns: Sequence[str] | None = None) -> pa.Table:
+    """A table, or some columns of it, from Parquet bytes. KeyError for a column that it has not.
+
+    Without Arrow's datasets, as which pyarrow would read a single file too, in twice the time.
+    """
+    file = pq.ParquetFile(pa.BufferReader(data))
+    absent = [] if columns is None else sorted(set(columns) - set(file.schema_arrow.names))
+    if absent:
+        raise KeyError(f"no column {', '.join(absent)} among {', '.join(file.schema_arrow.names)}")
+    return file.read(columns=None if columns is None else list(columns))
+
+
 def _leaf(field: pa.Field) -> tuple[str, pa.DataType]:
     """What Parquet calls the column that holds a field's values, and their type."""
     name, kind = field.name, field.type
@@ -386,7 +417,7 @@ def read_file(storage: Storage, manifest: Manifest, file: str) -> bytes:
 def read_shard(storage: Storage, manifest: Manifest, number: int, columns: Sequence[str] | None = None) -> pa.Table:
     """One shard as a table, checked against the manifest, whose writer checked the schema."""
     data = read_stored(storage, manifest.dataset, manifest.shards[number])
-    return pq.read_table(pa.BufferReader(data), columns=columns)
+    return decode_table(data, columns)
 
 
 def read_rows(

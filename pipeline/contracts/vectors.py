@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.contracts.datasets import Manifest, arrow_to_vectors, overlapping, read_stored
+from pipeline.contracts.datasets import Manifest, arrow_to_vectors, decode_table, overlapping, read_stored
 from pipeline.contracts.storage import Storage
 
 _DATA_PAGE, _PLAIN = 0, 0
@@ -75,7 +75,7 @@ def vectors_in(data: bytes, column: str) -> NDArray[Any]:
     try:
         return find_vectors(data, column).read(data)
     except ValueError:
-        return arrow_to_vectors(pq.read_table(pa.BufferReader(data), columns=[column]).column(column))
+        return arrow_to_vectors(decode_table(data, [column]).column(column))
 
 
 def is_stored_alike(one: bytes | memoryview, other: bytes | memoryview, column: str) -> bool:
