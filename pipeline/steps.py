@@ -120,7 +120,8 @@ def run_step(
 ) -> list[Report]:
     """Run make on every task, store what it returns for each of the outputs, and return the tasks' reports in order.
 
-    A report is a small dict of JSON values; name is that of the dataset of reports.
+    A report is a small dict of JSON values; name is that of the dataset of reports. A restarted stage may have cut its
+    work into other tasks, on other cores: what an attempt finished counts for the same task alone.
     """
     done = finished_manifest(storage, name, lineage)
     if done is not None:
@@ -132,14 +133,16 @@ def run_step(
     def work(task: Task) -> Task:
         file = f"part-{task['number']:05d}.json"
         noted = finished_file(storage, name, file, lineage)
-        found = [] if noted is None else [_finished(storage, output, task, lineage) for output in outputs]
-        if noted is None or None in found:
+        earlier = {} if noted is None else json.loads(noted[1])
+        is_same = earlier.get("task") == task
+        found = [_finished(storage, output, task, lineage) for output in outputs] if is_same else []
+        if noted is None or not is_same or None in found:
             made, report = make(task)
             pairs = zip(outputs, made, strict=True)
             shards = [output.write(storage, task, rows, lineage) for output, rows in pairs]
-            stored = write_file(storage, name, file, json.dumps(report).encode(), lineage)
+            stored = write_file(storage, name, file, json.dumps({"task": task, "report": report}).encode(), lineage)
         else:
-            shards, stored, report = [own for own in found if own is not None], noted[0], json.loads(noted[1])
+            shards, stored, report = [own for own in found if own is not None], noted[0], earlier["report"]
         return {"report": report, "noted": asdict(stored), "shards": [list(map(asdict, own)) for own in shards]}
 
     results = run_tasks(spark, [{**task, "number": number} for number, task in enumerate(tasks)], work, label)

@@ -53,8 +53,9 @@ _LAYERS = schemas.LAYERS.name
 AGAIN = f"{_LAYERS}/again"
 _MOST = 4
 """One in so many items changed: from there on nearly all are reached, and a whole run costs less."""
-_TASK_ROWS, _TASK_SHARDS = 200_000, 4
-"""So many shards are one task, if they are of so many items at most, as little is made of each: blocks are filled."""
+_TASK_SHARDS, _TASK_ROWS, _TASK_CHANGED, _CORE_TASKS = 8, 400_000, 4000, 4
+"""So many shards are one task, as little is made of each, where they are of so many items and of about so many that
+changed, and each core still has so many tasks: a task costs Spark and Python 30 ms, and blocks are filled."""
 _FILES = 64
 """So many files of a base are one task: on a local disk they only get a second name."""
 _SAME_IDS = {CONTENT: "projected-1", WEIGHTS: LISTS}
@@ -76,6 +77,13 @@ def find_changes(storage: Storage, earlier: Earlier) -> tuple[Changed, Changed] 
     return None if content is None or lists is None else (content, lists)
 
 
+def shards_together(num_shards: int, rows_per_shard: int, cores: int, changed: int = 0) -> int:
+    """How many shards one task takes, of a catalogue of which so many items changed."""
+    by_changes = _TASK_CHANGED * num_shards // max(1, changed)
+    by_rows, by_cores = _TASK_ROWS // rows_per_shard, num_shards // (_CORE_TASKS * cores)
+    return max(1, min(_TASK_SHARDS, by_changes, by_rows, by_cores))
+
+
 class Incremental:
     """The steps of an incremental run, on shards of consecutive items: the earlier run's, and of what is new.
 
@@ -94,7 +102,8 @@ class Incremental:
         self._num_items = self._items.num_rows
         former = [shard.rows for shard in earlier.embeddings.shards]
         self._cuts = continued_bounds(former, self._num_items, settings.resources.rows_per_shard)
-        self._together = max(1, min(_TASK_SHARDS, _TASK_ROWS // settings.resources.rows_per_shard))
+        self._sizes = len(self._cuts) - 1, settings.resources.rows_per_shard, spark.defaultParallelism
+        self._together = shards_together(*self._sizes)
         self._publisher = Publisher(storage, settings, lineage)
         self.remade: dict[str, int] = {}
 
@@ -136,8 +145,10 @@ class Incremental:
         outputs += [self._ids("projected-1"), self._rows("projected-1", told["projected-1"])]
         reports = self._step("find changes", outputs, make)
         self.remade["changed items"] = sum(report["changed"] for report in reports)
-        if _MOST * self.remade["changed items"] > self._num_items:
-            raise TooDifferentError(f"{self.remade['changed items']:,} of {self._num_items:,} changed")
+        changed = self.remade["changed items"]
+        if _MOST * changed > self._num_items:
+            raise TooDifferentError(f"{changed:,} of {self._num_items:,} changed")
+        self._together = shards_together(*self._sizes, changed)
         self._check_scale("projected-1", reports)
         self.remade["messages of layer 1"] = sum(report["remade"] for report in reports)
 

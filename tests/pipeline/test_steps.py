@@ -21,7 +21,9 @@ ROWS = pa.schema([("number", pa.int64())])
 OUTPUTS = (Output("ingest/rows"), Output("ingest/sent", 2, lambda reports: {"sum": sum(r["ten"] for r in reports)}))
 
 
-def run(spark: SparkContext, storage: Storage, lineage: Lineage = LINEAGE, fails: int | None = None) -> Any:
+def run(
+    spark: SparkContext, storage: Storage, lineage: Lineage = LINEAGE, fails: int | None = None, cut: str = "so"
+) -> Any:
     """Three tasks; every task that is run leaves a mark in the run's folder."""
 
     def make(task: dict[str, Any]) -> tuple[Sequence[Any], dict[str, Any]]:
@@ -32,7 +34,7 @@ def run(spark: SparkContext, storage: Storage, lineage: Lineage = LINEAGE, fails
         rows = pa.table({"number": [task["of"], 10]}, schema=ROWS)
         return (rows, (rows, np.array([task["of"] % 2, 1]))), {"ten": 10 * task["of"]}
 
-    tasks = [{"of": number} for number in range(3)]
+    tasks = [{"of": number, "cut": cut if number else ""} for number in range(3)]
     return run_step(spark, storage, lineage, "ingest/step", tasks, OUTPUTS, make, "test: step")
 
 
@@ -52,6 +54,15 @@ def test_a_restart_runs_only_the_tasks_that_were_not_finished(spark: SparkContex
         run(spark, storage, fails=2)
     storage.delete("ingest/rows/part-00001.parquet")  # as if it had been killed between its files
     assert run(spark, storage) == [{"ten": 0}, {"ten": 10}, {"ten": 20}]
+    assert sorted(mark[0] for mark in storage.names("marks")) == ["0", "1", "1", "2"]
+
+
+def test_a_restart_that_cuts_its_work_differently_takes_nothing_for_another_task(
+    spark: SparkContext, storage: Storage
+) -> None:
+    with pytest.raises(DataError, match="task 2 fails"):
+        run(spark, storage, fails=2)
+    run(spark, storage, cut="otherwise")
     assert sorted(mark[0] for mark in storage.names("marks")) == ["0", "1", "1", "2"]
 
 

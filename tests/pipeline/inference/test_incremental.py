@@ -31,8 +31,9 @@ from pipeline.contracts.rows import read_own_rows
 from pipeline.contracts.sharding import shard_bounds
 from pipeline.contracts.storage import Storage
 from pipeline.differences import Noting
-from pipeline.inference import stage
+from pipeline.inference import incremental, stage
 from pipeline.inference.earlier import continued_bounds
+from pipeline.inference.incremental import shards_together
 from tests.pipeline.inference.test_stage import WIDTH, PlainNetwork
 from tests.synthetic import shop_settings
 
@@ -115,11 +116,28 @@ def cosines(one: Array, other: Array) -> Array:
 
 
 @pytest.mark.parametrize(
-    ("inference", "noted"), [({}, True), ({"layer_dtype": "float16"}, True), ({"layer_dtype": "float16"}, False)]
+    ("num_shards", "rows", "cores", "changed", "expected"),
+    [
+        (80, 50_000, 2, 0, 8), (80, 50_000, 2, 40_000, 8), (80, 50_000, 2, 80_000, 4), (80, 50_000, 2, 10**6, 1),
+        (80, 50_000, 8, 40_000, 2), (80, 50_000, 200, 40_000, 1), (80, 200_000, 2, 40_000, 2), (80, 10**6, 2, 1, 1),
+        (3, 25, 1, 1, 1), (0, 25, 1, 0, 1),
+    ],
+)  # fmt: skip
+def test_tasks_take_more_shards_where_little_is_made_of_each_and_cores_have_enough(
+    num_shards: int, rows: int, cores: int, changed: int, expected: int
+) -> None:
+    assert shards_together(num_shards, rows, cores, changed) == expected
+
+
+@pytest.mark.parametrize(
+    ("inference", "noted", "together"),
+    [({}, True, 3), ({"layer_dtype": "float16"}, True, 1), ({"layer_dtype": "float16"}, False, 3)],
 )
 def test_what_changed_is_made_again_to_the_bytes_of_a_whole_run(
-    spark: SparkContext, tmp_path: Path, inference: dict[str, Any], noted: bool
-) -> None:
+    spark: SparkContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inference: dict[str, Any], noted: bool,
+    together: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(incremental, "shards_together", lambda *sizes: together)
     network, world = PlainNetwork(2), World(94)
     first, second, whole, third = (Storage(str(tmp_path / name)) for name in ("first", "second", "whole", "third"))
     world.store(first, 4)
