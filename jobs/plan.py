@@ -27,6 +27,7 @@ from rich.table import Table
 from jobs.stage import OverrideOption, exit_codes
 from pipeline.contracts.config import load_settings
 from pipeline.contracts.errors import SettingsError
+from pipeline.contracts.host import physical_memory
 from pipeline.plan import SHIPPED, Cluster, Plan, Rates, Scale, Task, make_plan
 
 PANEL = "Setting up"
@@ -71,7 +72,7 @@ def plan_command(
             raise SettingsError(f"{', '.join(missing)}: not given; for example: {example}")
         scale = Scale(**{name: _count(name, value or "") for name, value in given.items()})
         cluster = Cluster(
-            hosts, _own_cores() if cores is None else cores, _size("memory", memory, _own_memory),
+            hosts, _own_cores() if cores is None else cores, _size("memory", memory, physical_memory),
             _size("disk", disk, _own_disk), network * 1e9,
         )  # fmt: skip
         task = _task(scale, cluster, settings, override or [], neighbours, dimensions, content, weighted)
@@ -166,10 +167,6 @@ def _size(name: str, text: str | None, default: Any) -> int:
 
 def _own_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _own_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _own_disk() -> int:

@@ -8,7 +8,6 @@ fits. The kernels see a graph either way.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from pipeline.contracts.datasets import (
     open_manifest,
     read_shard,
 )
+from pipeline.contracts.host import physical_memory
 from pipeline.contracts.replica import default_cache, forget, map_lists, map_values, padded
 from pipeline.contracts.schemas import Dataset
 from pipeline.contracts.sharding import shard_bounds, shard_of
@@ -453,7 +453,7 @@ def normalised(scores: NDArray[np.int64]) -> NDArray[np.float32]:
 
 
 def _half_of_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return physical_memory() // 2
 
 
 def _size(count: int) -> str:

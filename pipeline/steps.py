@@ -43,10 +43,11 @@ BlockStream = Iterator[tuple[int, pa.Table]]
 
 @dataclass(frozen=True)
 class Encoded:
-    """A shard as its bytes."""
+    """A shard as its bytes; read_soon as in Storage.write_bytes."""
 
     data: memoryview
     rows: int
+    read_soon: bool = True
 
 
 Made: TypeAlias = "pa.Table | Encoded | Blocks | BlockStream | NDArray[Any]"
@@ -93,7 +94,7 @@ class Output:
             assert isinstance(made, np.ndarray)
             return write_rows(storage, self.name, number, made, lineage)
         if isinstance(made, Encoded):
-            return write_file(storage, self.name, shard_name(number), made.data, lineage, made.rows)
+            return write_file(storage, self.name, shard_name(number), made.data, lineage, made.rows, made.read_soon)
         if isinstance(made, tuple):
             return write_blocks(storage, self.name, number, made[0], made[1], self.destinations, lineage)
         if self.destinations:

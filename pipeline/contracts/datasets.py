@@ -358,10 +358,11 @@ def write_shard(storage: Storage, dataset: Dataset | str, number: int, table: pa
 
 
 def write_file(
-    storage: Storage, name: str, file: str, data: bytes | memoryview, lineage: Lineage, rows: int = 0
-) -> Shard:
+    storage: Storage, name: str, file: str, data: bytes | memoryview, lineage: Lineage, rows: int = 0,
+    read_soon: bool = True,
+) -> Shard:  # fmt: skip
     """Store one file of a dataset that is not a table (a model, an index), with its receipt."""
-    checksum = storage.write_bytes(f"{name}/{file}", data)
+    checksum = storage.write_bytes(f"{name}/{file}", data, read_soon=read_soon)
     return leave_receipt(storage, name, Shard(file, rows, len(data), checksum), lineage)
 
 

@@ -24,10 +24,9 @@ from numpy.typing import NDArray
 
 from pipeline.contracts.datasets import Lineage, Manifest, Shard, leave_receipt, overlapping, read_file
 from pipeline.contracts.errors import StorageError
+from pipeline.contracts.host import is_on_this_host
 from pipeline.contracts.storage import Storage
 
-_REMOTE = ("nfs", "cifs", "smb", "fuse", "lustre", "ceph", "gpfs", "9p", "afs", "glusterfs", "beegfs")
-"""File systems whose every page would be fetched from another machine."""
 _ANONYMOUS = getattr(mmap, "MAP_ANONYMOUS", 0x20) | mmap.MAP_PRIVATE | 0x4000  # without a reserve
 _FIXED = mmap.MAP_SHARED | 0x10
 
@@ -135,18 +134,6 @@ def map_in_place(storage: Storage, manifest: Manifest, dense: bool = True) -> Ta
 def _first_ids(manifest: Manifest) -> NDArray[np.int64]:
     counts = [shard.rows for shard in manifest.shards]
     return np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
-
-
-def is_on_this_host(path: str) -> bool:
-    """Whether the file system that holds a path is of a disk of this machine, as far as /proc tells."""
-    device = os.stat(path).st_dev
-    name = f"{os.major(device)}:{os.minor(device)}"
-    with open("/proc/self/mountinfo") as lines:
-        for line in lines:
-            before, _, after = line.partition(" - ")
-            if before.split()[2] == name:
-                return not after.split()[0].startswith(_REMOTE)
-    return True
 
 
 def _map_together(paths: Sequence[str], sizes: Sequence[int], offsets: Sequence[int], advice: int) -> NDArray[np.uint8]:

@@ -11,7 +11,6 @@ may rest on what it lacks. A body may be cut on its way: what has a checksum is 
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import errno
 import hashlib
@@ -21,7 +20,6 @@ import os
 import random
 import re
 import shutil
-import sys
 import tempfile
 import time
 import uuid
@@ -32,10 +30,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar
 
 import fsspec
-import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.contracts import conditional
+from pipeline.contracts import conditional, host
 from pipeline.contracts.errors import DataError, StorageError
 from pipeline.contracts.safety import holds_secret
 
@@ -66,9 +63,6 @@ _TIMES = ("mtime", "LastModified", "last_modified", "updated", "modificationTime
 """What they call the time of the last write; the memory file system knows only when a file was made."""
 
 
-_LARGE = 1 << 20
-_PIECE = 1 << 20
-"""Bytes that are read or written at a time: a processor's own cache holds them."""
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS, errno.EACCES)
 """What a file system answers that gives a file no second name."""
 
@@ -123,7 +117,8 @@ class Storage:
     def load(self, path: str, look: Callable[[memoryview], object]) -> memoryview:
         """As read_bytes, for the caller to change; look is shown piece after piece, while the processor has it at hand.
 
-        All pieces but the last are of one size, a multiple of 4096.
+        All pieces but the last are of one size, a multiple of 4096. What is large and was not in memory (the page
+        cache) will not be.
         """
         if not self.is_local:
             found = memoryview(bytearray(self.read_bytes(path)))
@@ -131,13 +126,7 @@ class Storage:
             return found
         full = self.locate(path)
         try:
-            with open(full, "rb", buffering=0) as file:
-                data = np.empty(os.fstat(file.fileno()).st_size, np.uint8).data
-                for first in range(0, len(data), _PIECE):
-                    piece = data[first : first + _PIECE]
-                    retry(f"read {full}", partial(_fill, file, first, piece))
-                    look(piece)
-                return data
+            return host.read(full, look, partial(retry, f"read {full}"))
         except FileNotFoundError:
             raise
         except OSError as error:
@@ -158,31 +147,22 @@ class Storage:
                     raise
         raise AssertionError("unreachable")
 
-    def write_bytes(self, path: str, data: bytes | memoryview, lasting: bool = True) -> str:
+    def write_bytes(self, path: str, data: bytes | memoryview, lasting: bool = True, read_soon: bool = True) -> str:
         """Write the whole object, or nothing: a reader sees the old or the new one (HDFS, SFTP: for a moment none).
 
         Returns the SHA-256 of the data in hex, made piece by piece while the processor has them at hand. Not lasting:
-        what a run can make again, and a local disk may lose if the machine goes down before it is written.
+        what a run can make again, and a local disk may lose if the machine goes down before it is written. Not read
+        soon: if it is large, it does not take the place of other files in a local host's memory.
         """
         full, checksum = self.locate(path), ""
 
         def write(target: str) -> None:
             nonlocal checksum
-            if not self.is_local:
+            if self.is_local:
+                checksum = host.write(target, memoryview(data).cast("B"), lasting, read_soon)
+            else:
                 self._filesystem.pipe_file(target, bytes(data))
                 checksum = hashlib.sha256(data).hexdigest()
-                return
-            digest, whole = hashlib.sha256(), memoryview(data).cast("B")
-            with open(target, "wb", buffering=0) as file:
-                _reserve(file.fileno(), len(whole))
-                for first in range(0, len(whole), _PIECE):
-                    left = whole[first : first + _PIECE]
-                    digest.update(left)
-                    while left := left[file.write(left) or 0 :]:
-                        pass
-                if lasting:
-                    os.fsync(file.fileno())
-            checksum = digest.hexdigest()
 
         self._store(f"write {full} ({len(data):,} bytes)", full, write)
         return checksum
@@ -379,24 +359,6 @@ class Storage:
         probe = f".writable-{uuid.uuid4().hex}"
         self.write_bytes(probe, b"")
         self.remove(probe)
-
-
-def _fill(file: io.FileIO, place: int, piece: memoryview) -> None:
-    """Read what is from a place of a file on."""
-    file.seek(place)
-    while piece:
-        count = file.readinto(piece)
-        if not count:
-            raise OSError("it became shorter while it was read")
-        piece = piece[count:]
-
-
-def _reserve(file: int, size: int) -> None:
-    """Ask the system for a large file's place on disk at once, where it can: writing takes two thirds of the time."""
-    if size >= _LARGE and sys.platform == "linux":
-        setting = getattr(ctypes.CDLL(None), "fallocate", None)
-        if setting is not None:
-            setting(file, 0, ctypes.c_long(0), ctypes.c_long(size))
 
 
 def filesystem_of(url: str) -> tuple[Any, str]:

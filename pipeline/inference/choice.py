@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 from pyspark import SparkContext
 
 from pipeline.contracts import schemas
 from pipeline.contracts.config import Settings
 from pipeline.contracts.datasets import Lineage, open_manifest
+from pipeline.contracts.host import physical_memory
 from pipeline.contracts.storage import Storage
 from pipeline.inference.network import Network
 from pipeline.inference.reducers import Gather, Reducer
@@ -40,7 +39,7 @@ def choose(settings: Settings, num_items: int) -> tuple[str, str]:
     size = num_items * settings.task.model.hidden_dimensions * item_bytes
     memory, given = int(resources.host_memory or 0), "resources.inference.host_memory"
     if not memory:
-        memory, given = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2, "half of this host's memory"
+        memory, given = physical_memory() // 2, "half of this host's memory"
     fits = size <= memory
     reason = f"as a layer takes {size / 2**30:,.2f} GiB, and {given} is {memory / 2**30:,.2f} GiB"
     return "gather" if fits else "shuffle", reason

@@ -28,6 +28,7 @@ from pipeline.contracts.datasets import (
     vectors_to_arrow,
 )
 from pipeline.contracts.errors import PipelineError
+from pipeline.contracts.host import physical_memory
 from pipeline.contracts.storage import Storage
 from pipeline.contracts.vectors import find_vectors, is_stored_alike
 from pipeline.digests import ByteDigest
@@ -36,6 +37,8 @@ from pipeline.inference.network import Array
 from pipeline.mixing import read_only
 from pipeline.steps import Encoded, Report
 
+_IN_MEMORY = 8
+"""Of so many parts of a host's memory, embeddings that fit one stay in it for who reads them next."""
 STILL = 0.99
 """An item whose embedding has a smaller cosine with its former one has moved."""
 
@@ -142,7 +145,8 @@ class Publisher:
             digest = ByteDigest()
             digest.update(data)
             report["digest"] = digest.hexdigest()
-        return Encoded(data, items.num_rows), report
+        whole = len(data) * self._items.num_rows // max(1, items.num_rows)
+        return Encoded(data, items.num_rows, whole * _IN_MEMORY <= physical_memory()), report
 
     def _drift(self, start: int, keys: pa.ChunkedArray, vectors: Array, rows: pa.Table | None = None) -> Report | None:
         """Of the items that the earlier run numbers alike: how far they are from where they were."""

@@ -14,7 +14,7 @@ from pipeline.contracts import replica, rows
 from pipeline.contracts.datasets import Lineage, Manifest, commit
 from pipeline.contracts.errors import DataError, StorageError
 from pipeline.contracts.replica import map_rows
-from pipeline.contracts.rows import describe_rows, is_on_this_host, read_own_rows, rows_name, write_rows
+from pipeline.contracts.rows import describe_rows, read_own_rows, rows_name, write_rows
 from pipeline.contracts.storage import Storage
 
 LINEAGE = Lineage("test", {}, {})
@@ -105,9 +105,3 @@ def test_a_changed_or_missing_shard_is_named(storage: Storage) -> None:
     path.unlink()
     with pytest.raises(StorageError, match=r"part-00001.rows is in the manifest but not there"):
         map_rows(storage, manifest, None)
-
-
-def test_memory_of_another_machine_is_not_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert is_on_this_host(str(tmp_path))
-    monkeypatch.setattr(rows, "_REMOTE", ("",))
-    assert not is_on_this_host(str(tmp_path))
