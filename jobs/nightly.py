@@ -172,7 +172,7 @@ class Steps:
     def run(self, tonight: Night, forced: Force | None) -> int:
         """All stages and the end, on one Spark session."""
         settings = night.settings_of(tonight, self.settings, self.site.url)
-        launch(settings.resources.spark)
+        launch(settings.resources.spark, NETWORK)
         import_stages()
         try:
             limit = budget(self.settings.resources.nightly.budget_hours)

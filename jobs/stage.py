@@ -31,7 +31,7 @@ from pipeline.contracts.datasets import RECEIPTS, Lineage, begin, code_version, 
 from pipeline.contracts.errors import PipelineError, ResourceError
 from pipeline.contracts.schemas import RESOLVED, Stage
 from pipeline.contracts.storage import Storage
-from pipeline.session import check_port, is_running, launch, session, stop
+from pipeline.session import check_port, is_forked_ahead, is_running, launch, session, stop
 from pipeline.spark import RUN, say
 
 console = Console(stderr=True, highlight=False)
@@ -121,8 +121,13 @@ def run_stages(stages: Sequence[Stage], settings: Settings, force: bool = False)
             elif stage is schemas.TRAIN:
                 adopt(storage, settings, lineage)
             else:
-                run, imports = _runner(stage), NETWORK if stage is schemas.INFERENCE else ()
-                launch(settings.resources.spark, imports)
+                imports = NETWORK if stage is schemas.INFERENCE else ()
+                is_ahead = is_forked_ahead()
+                if not is_ahead:
+                    launch(settings.resources.spark, imports)  # while the stage is imported
+                run = _runner(stage)
+                if is_ahead:
+                    launch(settings.resources.spark, imports)  # with workers that have it then
                 run(spark(imports), storage, settings, lineage)
             ran.append(stage.name)
             seconds = time.monotonic() - started

@@ -7,7 +7,8 @@ thread, and does without in a fork.
 Where it may, a session forks it from the driver, before Spark's JVM starts (`fork_ahead`): it has the driver's modules
 then, and imports the rest while the JVM starts. When Spark asks for its daemon, what it starts hands its streams over
 to the one that waits, on a Unix socket, and stays as long as that lives. What keeps it from that (other threads, an
-environment that changed, a fork that has died) costs time and nothing else: Spark's process is the daemon itself then.
+environment that is another, a fork that died or does not answer) costs time and nothing else: Spark's process is the
+daemon itself then.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import socket
 import struct
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
@@ -36,6 +38,10 @@ _READ_EARLY = ("OMP_", "MKL_", "OPENBLAS_", "KMP_", "NUMBA_NUM", "TORCH_", "PYTO
 """How variables begin that libraries read as they are imported."""
 _PR_SET_PDEATHSIG = 1
 _TAKEN = b"+"
+_STREAMS = (0, "r"), (1, "w"), (2, "w")
+_SIZE = struct.Struct("!q")
+_PATIENCE = 60.0
+"""Seconds that Spark's process waits for the one that was forked."""
 
 
 def main() -> None:
@@ -59,11 +65,22 @@ def prepare(imports: Sequence[str] | Any) -> None:
     gc.enable()
 
 
+def limit_threads(count: int) -> None:
+    """Let BLAS and OpenMP, loaded in the driver with as many threads as there are cores, use so many."""
+    import_module("threadpoolctl").threadpool_limits(count)
+
+
 def serve() -> None:
     """Fork workers for Spark until it ends."""
     daemon: Any = import_module("pyspark.daemon")
     daemon.worker = quiet(daemon.worker)
     daemon.manager()
+
+
+def may_fork() -> bool:
+    """Whether this process can be forked, and go on in the fork with what it has."""
+    is_alone = threading.active_count() == 1 and not any(name in sys.modules for name in _UNFORKABLE)
+    return sys.platform == "linux" and is_alone
 
 
 def fork_ahead(path: str, environment: Mapping[str, str], imports: Sequence[str]) -> int | None:
@@ -72,7 +89,7 @@ def fork_ahead(path: str, environment: Mapping[str, str], imports: Sequence[str]
     environment is what Spark will give its workers. None, and no fork, where that is not safe: other threads may hold
     locks that nobody would release.
     """
-    if sys.platform != "linux" or threading.active_count() > 1 or any(name in sys.modules for name in _UNFORKABLE):
+    if not may_fork():
         return None
     with suppress(OSError, AttributeError):
         server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -81,7 +98,11 @@ def fork_ahead(path: str, environment: Mapping[str, str], imports: Sequence[str]
         sys.stdout.flush()
         sys.stderr.flush()
         parent = os.getpid()
-        child = os.fork()
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", DeprecationWarning
+            )  # Python counts OpenBLAS's threads, which outlive a fork
+            child = os.fork()
         if not child:
             _wait(server, parent, environment, imports)
         server.close()
@@ -101,6 +122,7 @@ def _wait(server: socket.socket, parent: int, environment: Mapping[str, str], im
         os.environ.clear()
         os.environ.update(environment)
         prepare(imports)
+        limit_threads(int(environment["OMP_NUM_THREADS"]))
         connection, _ = server.accept()
         server.close()
         size, streams, *_ = socket.recv_fds(connection, _SIZE.size, 3)
@@ -110,11 +132,14 @@ def _wait(server: socket.socket, parent: int, environment: Mapping[str, str], im
         for place, stream in enumerate(streams):
             os.dup2(stream, place)
             os.close(stream)
-        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115 (stay)
+        sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, mode, 1, errors="backslashreplace") for n, mode in _STREAMS)
         os.environ.clear()
         os.environ.update(given["environment"])
         sys.argv = given["arguments"]
+        for name in filter(None, os.environ.get(IMPORTS, "").split(",")):
+            import_module(name)
         connection.sendall(_TAKEN + _SIZE.pack(os.getpid()))
+        _to_spare.append(connection)
         code = 0
         serve()
     except SystemExit as ended:
@@ -123,13 +148,15 @@ def _wait(server: socket.socket, parent: int, environment: Mapping[str, str], im
         os._exit(code)
 
 
-_SIZE = struct.Struct("!q")
+_to_spare: list[socket.socket] = []
+"""What a daemon holds and its workers should not: it says that the daemon lives."""
 
 
 def _hand_over(path: str) -> bool:
     """Let the process that waits there be Spark's daemon, and end with it; False if it cannot be."""
     try:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.settimeout(_PATIENCE)
         connection.connect(path)
         given = json.dumps({"environment": dict(os.environ), "arguments": sys.argv}).encode()
         socket.send_fds(connection, [_SIZE.pack(len(given))], [0, 1, 2])
@@ -149,6 +176,7 @@ def _hand_over(path: str) -> bool:
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1):  # Spark sees that they end when they do
         os.dup2(nothing, stream)
+    connection.settimeout(None)
     _receive(connection, 1)
     return True
 
@@ -175,6 +203,8 @@ def quiet(worker: Callable[..., int]) -> Callable[..., int]:
     """A worker that, when Spark has closed its socket, ends without a traceback: that is how a session ends."""
 
     def work(*arguments: Any) -> int:
+        while _to_spare:
+            _to_spare.pop().close()
         try:
             return worker(*arguments)
         except BrokenPipeError:

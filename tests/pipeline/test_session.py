@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from pyspark import SparkContext
 
-from pipeline import session
+from pipeline import session, worker_daemon
 from tests.runs import ROOT
 
 
@@ -68,7 +69,12 @@ from pipeline.contracts.config import SparkResources
 from pipeline.spark import run_tasks
 
 wave.marked = os.getpid()
+import numpy
+
 case, resources = sys.argv[1], SparkResources(master="local[1]", driver_memory="1g")
+other = SparkResources(**{**resources.model_dump(), "conf": {"spark.executorEnv.MKL_NUM_THREADS": "2"}})
+if case == "early environment":
+    resources = other
 if case == "a thread":
     threading.Thread(target=threading.Event().wait, daemon=True).start()
 session.launch(resources, ("cmd",))
@@ -77,7 +83,7 @@ print(len(forked))
 if case == "killed":
     os.kill(forked[0], signal.SIGKILL)
 if case == "other environment":
-    resources = SparkResources(**{**resources.model_dump(), "conf": {"spark.executorEnv.MKL_NUM_THREADS": "2"}})
+    resources = other
 if case == "no driver":
     print(forked[0], flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -87,16 +93,30 @@ spark = session.session(resources, "test")
 def look(task):
     import os, sys, wave
 
+    import numpy
+    from threadpoolctl import threadpool_info
+
+    if "note" in task:
+        with open(task["note"], "w") as file:
+            file.write(f"{os.getpid()} {os.getppid()}")
+        os.kill(task["driver"], 9)
+        __import__("time").sleep(100)
     threads = [os.environ.get(f"{name}_NUM_THREADS") for name in ("OMP", "MKL")]
     is_driver = getattr(wave, "marked", 0) == task["driver"]
-    return {"found": [is_driver, "cmd" in sys.modules, os.getpid() != task["driver"], *threads]}
+    blas = {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+    return {"found": [is_driver, "cmd" in sys.modules, os.getpid() != task["driver"], *threads, *blas]}
 
 
+if case == "no driver later":
+    run_tasks(spark, [{"driver": os.getpid(), "note": sys.argv[2]}], look, "test")
+if case == "killed later":
+    assert run_tasks(spark, [{"driver": os.getpid()}], look, "test")[0]["found"][0]
+    os.kill(forked[0], signal.SIGKILL)
 print(run_tasks(spark, [{"driver": os.getpid()}] * 3, look, "test")[2]["found"])
 session.stop(spark)
 print(session._ahead, [pid for pid in forked if os.path.exists(f"/proc/{pid}")])
 """
-FORKED, ALONE = "[True, True, True, '1', None]", "[False, False, True, '1', None]"
+FORKED, ALONE = "[True, True, True, '1', None, 1]", "[False, False, True, '1', None, 1]"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: elsewhere no process is forked ahead")
@@ -106,6 +126,8 @@ FORKED, ALONE = "[True, True, True, '1', None]", "[False, False, True, '1', None
         ("plain", 1, FORKED),
         ("a thread", 0, ALONE),
         ("killed", 1, ALONE),
+        ("killed later", 1, FORKED),  # Spark goes on with the worker that it has
+        ("early environment", 0, ALONE.replace("None", "'2'")),
         ("other environment", 1, ALONE.replace("None", "'2'")),
     ],
 )
@@ -121,11 +143,40 @@ def test_what_was_forked_ahead_goes_with_a_driver_that_is_killed() -> None:
     command = [sys.executable, "-c", AHEAD, "no driver"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=60)
     assert done.returncode == -signal.SIGKILL
-    forked = Path("/proc", done.stdout.splitlines()[1])
+    wait_for_the_end_of([int(done.stdout.splitlines()[1])])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: elsewhere no process is forked ahead")
+def test_workers_and_their_daemon_go_with_a_driver_that_is_killed_while_they_work(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", AHEAD, "no driver later", str(tmp_path / "note")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=100)
+    assert done.returncode == -signal.SIGKILL
+    wait_for_the_end_of([int(pid) for pid in (tmp_path / "note").read_text().split()])
+
+
+def wait_for_the_end_of(pids: list[int]) -> None:
+    """Of processes that may stay as zombies, where nobody waits for orphans."""
+
+    def is_there(pid: int) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except OSError:
+            return False
+
     deadline = time.monotonic() + 20
-    while forked.exists() and time.monotonic() < deadline:
+    while any(map(is_there, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not forked.exists()
+    assert not any(map(is_there, pids))
+
+
+def test_spark_does_not_wait_for_a_fork_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_daemon, "_PATIENCE", 0.2)
+    path = str(tmp_path / "s")
+    assert not worker_daemon._hand_over(path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
+        server.bind(path)
+        server.listen(1)
+        assert not worker_daemon._hand_over(path)
 
 
 IMPORTS = """
