@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pyspark import SparkContext
 
 from pipeline.contracts.datasets import (
+    RECEIPTS,
     Lineage,
     Shard,
     begin,
@@ -138,6 +139,7 @@ def run_step(
         is_same = earlier.get("task") == task
         found = [_finished(storage, output, task, lineage) for output in outputs] if is_same else []
         if noted is None or not is_same or None in found:
+            storage.remove(f"{name}/{RECEIPTS}/{file}.json")  # of files that are made anew from here on
             made, report = make(task)
             pairs = zip(outputs, made, strict=True)
             shards = [output.write(storage, task, rows, lineage) for output, rows in pairs]

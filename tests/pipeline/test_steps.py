@@ -66,6 +66,16 @@ def test_a_restart_that_cuts_its_work_differently_takes_nothing_for_another_task
     assert sorted(mark[0] for mark in storage.names("marks")) == ["0", "1", "1", "2"]
 
 
+def test_of_a_task_that_was_begun_anew_nothing_older_counts(spark: SparkContext, storage: Storage) -> None:
+    """Cut one way, then another and killed between its outputs and its report, then the first way again."""
+    with pytest.raises(DataError, match="task 2 fails"):
+        run(spark, storage, fails=2)
+    with pytest.raises(DataError, match="task 1 fails"):
+        run(spark, storage, fails=1, cut="otherwise")
+    run(spark, storage)
+    assert sorted(mark[0] for mark in storage.names("marks")) == ["0", "1", "1", "2", "2"]
+
+
 def test_another_lineage_runs_all_of_it(spark: SparkContext, storage: Storage) -> None:
     run(spark, storage)
     run(spark, storage, Lineage("ingest", {"other": 1}, {}))
