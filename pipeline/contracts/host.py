@@ -64,15 +64,18 @@ def write(path: str, data: memoryview, lasting: bool = True, read_soon: bool = T
 def read(path: str, look: Callable[[memoryview], object], persist: Callable[[Callable[[], None]], None]) -> memoryview:
     """All of a file, to be changed; look is shown block after block, all but the last of a multiple of a page.
 
-    A large file that the page cache has not, it will not have afterwards. persist calls what reads a block, again if it
-    likes. Raises OSError.
+    A large file of ours that the page cache has not, it will not have afterwards. persist calls what reads a block,
+    again if it likes. Raises OSError.
     """
     with _opened(path, os.O_RDONLY) as file:
         size = os.fstat(file).st_size
         data = _aligned(size)
-        if _is_direct(path, size) and not is_cached(file, size):
-            with suppress(_RefusedError), _opened_past_cache(path) as past:
-                return _read_ahead(past, data, size, look, persist)
+        past = _open_past_cache(path) if _is_direct(path, size) and not is_cached(file, size) else None
+        if past is not None:
+            try:
+                return _read_ahead(past, file, data, size, look, persist)
+            finally:
+                os.close(past)
         for first in range(0, size, _PIECE):
             stop = min(first + _PIECE, size)
             persist(partial(_fill, file, data[first:stop], first, stop - first))
@@ -92,10 +95,6 @@ def is_on_this_host(path: str) -> bool:
     return True
 
 
-class _RefusedError(Exception):
-    """The file system does not know O_DIRECT."""
-
-
 def _is_direct(path: str, size: int) -> bool:
     return bool(
         _DIRECT and size >= _LARGE and sys.platform == "linux" and is_on_this_host(os.path.dirname(path) or ".")
@@ -104,8 +103,8 @@ def _is_direct(path: str, size: int) -> bool:
 
 def is_cached(file: int, size: int) -> bool:
     """Whether most of an open file's pages are in the page cache. Of Linux; the file is not empty."""
-    found = np.zeros(-(-size // _PAGE), np.uint8)
-    with mmap.mmap(file, size, prot=mmap.PROT_READ) as mapped:
+    found = np.ones(-(-size // _PAGE), np.uint8)
+    with suppress(OSError, ValueError), mmap.mmap(file, size, prot=mmap.PROT_READ) as mapped:
         pages = np.frombuffer(mapped, np.uint8)
         ctypes.CDLL(None).mincore(ctypes.c_void_p(pages.ctypes.data), ctypes.c_size_t(size), found.ctypes)
         del pages
@@ -146,20 +145,18 @@ def _write_past_cache(path: str, data: memoryview) -> str | None:
 
 
 def _read_ahead(
-    file: int, data: memoryview, size: int, look: Callable[[memoryview], object],
+    past: int, file: int, data: memoryview, size: int, look: Callable[[memoryview], object],
     persist: Callable[[Callable[[], None]], None],
 ) -> memoryview:  # fmt: skip
-    """A file past the page cache, each block while the one before is looked at. Raises _RefusedError before any is."""
+    """A file past the page cache, opened so and as usual, each block while the one before is looked at."""
 
     def block(first: int) -> None:
         stop = min(first + _BLOCK, size)
-        fill = partial(_fill, file, data[first : -(-stop // _PAGE) * _PAGE], first, stop - first)
+        room, size_of_block = data[first : -(-stop // _PAGE) * _PAGE], stop - first
         try:
-            fill()
-        except OSError as error:
-            if not first and error.errno in _REFUSED:
-                raise _RefusedError from error
-            persist(fill)
+            _fill(past, room, first, size_of_block)
+        except OSError:
+            persist(partial(_fill, file, room[:size_of_block], first, size_of_block))
 
     with ThreadPoolExecutor(1) as ahead:
         reading = ahead.submit(block, 0)
@@ -187,19 +184,14 @@ def _opened(path: str, flags: int) -> Iterator[int]:
         os.close(file)
 
 
-@contextmanager
-def _opened_past_cache(path: str) -> Iterator[int]:
-    """To be read. Raises _RefusedError."""
+def _open_past_cache(path: str) -> int | None:
+    """To be read; None where the file system does not know O_DIRECT."""
     try:
-        opened = os.open(path, os.O_RDONLY | _DIRECT | getattr(os, "O_CLOEXEC", 0))
+        return os.open(path, os.O_RDONLY | _DIRECT | getattr(os, "O_CLOEXEC", 0))
     except OSError as error:
         if error.errno not in _REFUSED:
             raise
-        raise _RefusedError from error
-    try:
-        yield opened
-    finally:
-        os.close(opened)
+        return None
 
 
 def _fill(file: int, room: memoryview, place: int, size: int) -> None:
