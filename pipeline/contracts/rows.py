@@ -38,6 +38,12 @@ _MOST_ADDRESSES = 1 << 45
 _MADV_RANDOM, _MADV_HUGEPAGE = 1, 14
 _DENSE = 0.2
 """Rows of a small page that are read, from which on all of the file may be."""
+_STREAMED = 0.1
+"""From here on, if the page cache has them not: a random page costs ten times as much work and time as one in a row."""
+_GONE = "{} is in the manifest but not there; run `pinsage inference --force`"
+_OTHER_SIZE = (
+    "{} has {:,} bytes, expected {:,}: it was changed after its manifest was written; run `pinsage inference --force`"
+)
 
 
 def rows_name(number: int) -> str:
@@ -105,8 +111,46 @@ def whole_table(manifest: Manifest, rows: NDArray[Any]) -> Table:
 
 def is_dense(manifest: Manifest, share: float) -> bool:
     """Whether so large a share of the rows, at random, is on most of their pages."""
+    return _row_share(manifest, share) > _DENSE
+
+
+def is_streamed(manifest: Manifest, share: float) -> bool:
+    """Whether so large a share of the rows, at random, is read sooner, and for less work, by reading all of them."""
+    return _row_share(manifest, share) > _STREAMED
+
+
+def _row_share(manifest: Manifest, share: float) -> float:
+    """Of pages that are read for a share of the rows, about."""
     size = np.dtype(manifest.metadata["dtype"]).itemsize * int(manifest.metadata["width"])
-    return bool(share * max(1, mmap.PAGESIZE // size) > _DENSE)
+    return float(share * max(1, mmap.PAGESIZE // size))
+
+
+def take_rows(storage: Storage, manifest: Manifest, ids: NDArray[np.integer]) -> NDArray[Any] | None:
+    """Rows [n, width] of some ids, ascending, off a disk of this machine, past the page cache, one shard at a time.
+
+    None where that is not such a disk, or most of what is read is in memory: mapped rows are there already. Raises
+    StorageError for a file that is gone or has another size.
+    """
+    if not (len(ids) and storage.is_local and sys.platform == "linux" and is_on_this_host(storage.root)):
+        return None
+    parts = list(overlapping(manifest, int(ids[0]), int(ids[-1]) + 1))
+    shards = [manifest.shards[number] for number, _, _ in parts]
+    if 2 * sum(storage.is_in_memory(f"{manifest.dataset}/{shard.name}") for shard in shards) >= len(shards):
+        return None
+    dtype, width = np.dtype(manifest.metadata["dtype"]), int(manifest.metadata["width"])
+    rows, place, first = np.empty((len(ids), width), dtype), 0, sum(s.rows for s in manifest.shards[: parts[0][0]])
+    for shard in shards:
+        path = f"{manifest.dataset}/{shard.name}"
+        try:
+            data = storage.load(path, lambda _: None)
+        except FileNotFoundError:
+            raise StorageError(_GONE.format(storage.locate(path))) from None
+        if len(data) != shard.bytes:
+            raise StorageError(_OTHER_SIZE.format(storage.locate(path), len(data), shard.bytes))
+        stop = int(np.searchsorted(ids, first + shard.rows))
+        rows[place:stop] = np.frombuffer(data, dtype).reshape(-1, width)[ids[place:stop] - first]
+        place, first = stop, first + shard.rows
+    return rows
 
 
 def map_in_place(storage: Storage, manifest: Manifest, dense: bool = True) -> Table | None:
@@ -170,13 +214,10 @@ def _map_together(paths: Sequence[str], sizes: Sequence[int], offsets: Sequence[
         try:
             file = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
-            raise StorageError(f"{path} is in the manifest but not there; run `pinsage inference --force`") from None
+            raise StorageError(_GONE.format(path)) from None
         try:
             if os.fstat(file).st_size != size:
-                raise StorageError(
-                    f"{path} has {os.fstat(file).st_size:,} bytes, expected {size:,}: it was changed after its "
-                    "manifest was written; run `pinsage inference --force`"
-                )
+                raise StorageError(_OTHER_SIZE.format(path, os.fstat(file).st_size, size))
             place(base + offset, size, mmap.PROT_READ, _FIXED, file, path)
             library.madvise(base + offset, size, advice)  # only advice: a system may not know it
         finally:

@@ -132,6 +132,13 @@ class Storage:
         except OSError as error:
             raise explain(f"read {full}", error) from error
 
+    def is_in_memory(self, path: str) -> bool:
+        """Whether a local file is in the page cache, most of it; False for none."""
+        with suppress(OSError), open(self.locate(path), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            return size > 0 and host.is_cached(file.fileno(), size)
+        return False
+
     def read_with(self, path: str, parse: Callable[[bytes], T], span: tuple[int, int] | None = None) -> T:
         """What parse makes of an object, or of a span of it; of bytes not as written it raises ValueError or DataError.
 

@@ -15,7 +15,7 @@ from pipeline.contracts.config import Settings
 from pipeline.contracts.datasets import Lineage, Manifest, find_manifest, open_manifest
 from pipeline.contracts.errors import PipelineError
 from pipeline.contracts.replica import Rows
-from pipeline.contracts.rows import Table, is_dense, read_own_rows
+from pipeline.contracts.rows import Table, is_dense, is_streamed, read_own_rows, take_rows
 from pipeline.contracts.sharding import count_shards, shard_bounds
 from pipeline.contracts.storage import Storage
 from pipeline.inference.members import Members, places_of
@@ -169,10 +169,11 @@ class Patch:
 
 @dataclass(frozen=True)
 class Overlay:
-    """Rows of a base and of patches above it, the newest first."""
+    """Rows of a base and of patches above it, the newest first; where the base is, if many of its rows are read."""
 
     old: Table
     patches: tuple[Patch, ...]
+    source: tuple[Storage, Manifest] | None = None
 
     @classmethod
     def open(
@@ -188,7 +189,8 @@ class Overlay:
         patches = [] if newer is None else [Patch.open(*newer, num_items, cache)]
         if kept.ids is not None and kept.rows is not None:
             patches.append(Patch.open(earlier.storage, kept.ids, kept.rows, num_items, cache))
-        return cls(old, tuple(patches))
+        source = (earlier.storage, kept.base) if is_streamed(kept.base, share) else None
+        return cls(old, tuple(patches), source)
 
     def rows(self, ids: NDArray[np.integer]) -> Array:
         """Rows [n, width] of items."""
@@ -196,10 +198,26 @@ class Overlay:
         in_base = np.ones(len(ids), np.float32)
         for own, _ in found:
             in_base[own] = 0
-        result: Array = self.old.rows[places_of(self.old, ids, in_base)]
+        return self._renew(self.old.rows[places_of(self.old, ids, in_base)], found)
+
+    def rows_of(self, ids: NDArray[np.integer]) -> Callable[[slice], Array]:
+        """Of items, ascending and near each other, the rows of every part.
+
+        If many are read and memory has most of them not, they are taken off the disk, file after file, at once.
+        """
+        base = None if self.source is None else take_rows(*self.source, ids[ids < self.old.num_rows])
+        if base is None:
+            return lambda part: self.rows(ids[part])
+        whole = np.zeros((len(ids), base.shape[1]), base.dtype)
+        whole[: len(base)] = base
+        self._renew(whole, [patch.find(ids) for patch in self.patches])
+        return lambda part: whole[part]
+
+    def _renew(self, rows: Array, found: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> Array:
+        """The rows, with those that patches have put in their place: of each patch which, and where they are in it."""
         for patch, (own, places) in reversed([*zip(self.patches, found, strict=True)]):
-            result[own] = patch.table.rows[places]
-        return result
+            rows[own] = patch.table.rows[places]
+        return rows
 
     def lists_with(self, members: Members, start: int, stop: int) -> NDArray[np.bool_]:
         """Of LISTS as they were last night: which of items [start, stop) have one of a set in theirs."""

@@ -5,7 +5,8 @@ layers, content and lists, as raw rows that are mapped, so that of what did not 
 its neighbours. An item's first message is made again if its content changed; its next vector if its list changed, or
 it, or one of its list, has a message made again; and so on. Sums are exact and blocks of one size (`sums.py`,
 `network.py`), so a vector does not depend on which others are made beside it. Memory per task: one shard's embeddings,
-what is made again of its items, 2 to 4 KB of each, and a bit an item of the catalogue.
+or its rows of what was kept, what is read and made again of its items, 2 to 7 KB of each, and a bit an item of the
+catalogue.
 """
 
 from __future__ import annotations
@@ -175,13 +176,13 @@ class Incremental:
             reached |= lists.lists_with(table.patches[0].members, start, stop)
             ids = start + np.flatnonzero(reached)
             share = len(ids) / max(1, stop - start)
-            own, kept_weights = own_of(share), weights_of(share).rows(ids)
+            own, kept_weights = own_of(share, ids), weights_of(share).rows_of(ids)(slice(None))
             index, weights = network.lists(layer, np.where(kept_weights > 0, lists.rows(ids), 0), kept_weights)
-            sums = sums_of(table, start, stop, share)
+            sums = sums_of(table, ids, share)
 
             def block(part: slice) -> tuple[Array, ...]:
-                summed = sums(ids[part], index[part], weights[part])
-                following = network.combine(layer, own(ids[part]), pooled(network, summed, unit))
+                summed = sums(part, index[part], weights[part])
+                following = network.combine(layer, own(part), pooled(network, summed, unit))
                 if is_last:
                     made = stored(network.head(following), dtype, ids[part])
                     return (made, packed(summed, layer_dtype)) if keeps_last else (made,)
@@ -225,8 +226,8 @@ class Incremental:
         self._step(label, [Output(schemas.EMBEDDINGS, describe=describe, several=True), *sums], make)
 
     def _sums(self, layer: int) -> Callable[..., Callable[..., NDArray[np.int32]]]:
-        """In a task, of a table of messages, the items [start, stop) and the share of them that is reached: a function
-        of ids [n], index and weights [n, T], to their sums [n, m].
+        """In a task, of a table of messages, the ids [n] that are reached and their share of all: a function of a part
+        of them, its index and weights [k, T], to its sums [k, m].
 
         In the last layer those of last night, where lists stay, with what was made again put in its place.
         """
@@ -234,16 +235,23 @@ class Incremental:
         unit = quantum(self._earlier.kept[f"projected-{layer + 1}"].metadata["exponent"], dtype)
         former = self._former(SUMS) if layer + 1 == network.num_layers and keeps_sums(network) else None
 
-        def open_sums(table: Overlay, start: int, stop: int, share: float) -> Callable[..., NDArray[np.int32]]:
+        def open_sums(table: Overlay, ids: NDArray[np.int64], share: float) -> Callable[..., NDArray[np.int32]]:
             if former is None:
-                return lambda ids, index, weights: table.sums(index, weights, unit, network.reduction)
-            kept, others = former(share), changed_of(LISTS, start, stop)
+                return lambda part, index, weights: table.sums(index, weights, unit, network.reduction)
+            stays = np.ones(len(ids), np.bool_)
+            if len(ids):
+                stays = ~np.isin(ids, changed_of(LISTS, int(ids[0]), int(ids[-1]) + 1))
+            kept, before = former(share).rows_of(ids[stays]), np.concatenate([[0], np.cumsum(stays)])
 
-            def some(ids: NDArray[np.int64], index: Array, weights: Array) -> NDArray[np.int32]:
+            def some(part: slice, index: Array, weights: Array) -> NDArray[np.int32]:
+                first, last = before[part.start], before[min(part.stop, len(ids))]
+                rows = kept(slice(first, last))
+
                 def sums_of(lists: NDArray[np.integer]) -> NDArray[np.int32]:
-                    return unpacked(kept.rows(ids[lists]), dtype)
+                    places = before[part.start + lists] - first
+                    return unpacked(rows if len(places) == len(rows) else rows[places], dtype)
 
-                return table.renewed(sums_of, ~np.isin(ids, others), index, weights, unit)
+                return table.renewed(sums_of, stays[part], index, weights, unit)
 
             return some
 
@@ -319,16 +327,16 @@ class Incremental:
 
     # ------------------------------------------------------------------------------------------ parts
 
-    def _own(self, layer: int) -> Callable[[float], Callable[[NDArray[np.int64]], Array]]:
-        """In a task that asks for a share of its items: what they are before a layer, a block of them."""
+    def _own(self, layer: int) -> Callable[[float, NDArray[np.int64]], Callable[[slice], Array]]:
+        """In a task that asks for a share of its items, these ids: what they are before a layer, a block of them."""
         network, overlay = self._network, self._overlay(f"hidden-{layer}" if layer else CONTENT)
         size = network.block
 
-        def open_own(share: float) -> Callable[[NDArray[np.int64]], Array]:
-            table = overlay(share)
+        def open_own(share: float, ids: NDArray[np.int64]) -> Callable[[slice], Array]:
+            rows = overlay(share).rows_of(ids)
             if layer:
-                return lambda ids: as_single(filled(table.rows(ids), size))
-            return lambda ids: network.standardise(as_single(filled(table.rows(ids), size)), filled(ids, size))
+                return lambda part: as_single(filled(rows(part), size))
+            return lambda part: network.standardise(as_single(filled(rows(part), size)), filled(ids[part], size))
 
         return open_own
 

@@ -14,7 +14,7 @@ from pipeline.contracts import replica, rows
 from pipeline.contracts.datasets import Lineage, Manifest, commit
 from pipeline.contracts.errors import DataError, StorageError
 from pipeline.contracts.replica import map_rows
-from pipeline.contracts.rows import describe_rows, read_own_rows, rows_name, write_rows
+from pipeline.contracts.rows import describe_rows, is_streamed, read_own_rows, rows_name, take_rows, write_rows
 from pipeline.contracts.storage import Storage
 
 LINEAGE = Lineage("test", {}, {})
@@ -63,7 +63,7 @@ def test_rows_are_where_the_table_says(
 
 def test_the_mapping_outlives_the_table_and_goes_with_the_last_array(storage: Storage) -> None:
     def mapped() -> int:
-        return Path("/proc/self/maps").read_text().count("/layer/part-")
+        return Path("/proc/self/maps").read_text().count(f"{storage.root}/layer/part-")
 
     manifest, matrix = store(storage, [3000, 6000], 8, "float32")
     part = map_rows(storage, manifest, None).rows[10:20]
@@ -105,3 +105,29 @@ def test_a_changed_or_missing_shard_is_named(storage: Storage) -> None:
     path.unlink()
     with pytest.raises(StorageError, match=r"part-00001.rows is in the manifest but not there"):
         map_rows(storage, manifest, None)
+
+
+def test_some_rows_are_taken_off_the_disk_where_memory_has_them_not(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, matrix = store(storage, [100, 70_000, 140_000], 8, "float16")
+    ids = np.flatnonzero(np.random.default_rng(3).random(len(matrix)) < 0.3)
+    ids = ids[(ids > 120) & (ids < 139_000)]
+    assert take_rows(storage, manifest, ids) is None, "what was just written is in memory"
+    monkeypatch.setattr(Storage, "is_in_memory", lambda self, path: False)
+    np.testing.assert_array_equal(take_rows(storage, manifest, ids), matrix[ids])
+    np.testing.assert_array_equal(take_rows(storage, manifest, ids[-1:]), matrix[ids[-1:]])
+    assert take_rows(storage, manifest, ids[:0]) is None
+    path = Path(storage.locate("layer/part-00002.rows"))
+    path.write_bytes(path.read_bytes()[:-16])
+    with pytest.raises(StorageError, match=r"part-00002.rows has 1,119,984 bytes, expected 1,120,000.*--force"):
+        take_rows(storage, manifest, ids)
+    path.unlink()
+    with pytest.raises(StorageError, match=r"part-00002.rows is in the manifest but not there.*--force"):
+        take_rows(storage, manifest, ids)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.01, False), (0.1, True), (1.0, True)])
+def test_many_rows_are_read_together(storage: Storage, share: float, expected: bool) -> None:
+    manifest, _ = store(storage, [100], 512, "float16")
+    assert is_streamed(manifest, share) == expected

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.contracts.rows import Table
+from pipeline.contracts.datasets import Lineage, commit
+from pipeline.contracts.rows import Table, describe_rows, write_rows
+from pipeline.contracts.storage import Storage
 from pipeline.inference.earlier import Overlay, Patch
 from pipeline.inference.members import Members
 
+LINEAGE = Lineage("inference", {}, {})
 WIDTH, KNOWN, ITEMS, LISTED, UNIT = 19, 300, 340, 8, 2.0**-18
 
 
@@ -68,3 +73,30 @@ def test_sums_are_those_of_rows_and_renewed_ones_are_the_same(with_older: bool) 
     assert 0 not in asked
     assert len(asked) > 100
     assert (found != before.sums(then, weights, UNIT, "sum")).any(axis=1)[asked].sum() > 50
+
+
+@pytest.mark.parametrize("with_older", [False, True])
+@pytest.mark.parametrize("is_in_memory", [False, True])
+def test_rows_that_are_taken_off_the_disk_are_those_that_are_mapped(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, with_older: bool, is_in_memory: bool
+) -> None:
+    random = np.random.default_rng(4)
+    _, now = overlays(random, with_older)
+    parts = [now.old.rows[now.old.places(np.arange(first, first + 100))] for first in range(0, KNOWN, 100)]
+    shards = [write_rows(storage, "layer", number, part, LINEAGE) for number, part in enumerate(parts)]
+    manifest = commit(storage, "layer", shards, LINEAGE, describe_rows("float16", WIDTH))
+    stored = Overlay(now.old, now.patches, (storage, manifest))
+    monkeypatch.setattr(Storage, "is_in_memory", lambda self, path: is_in_memory)
+    load, loaded = Storage.load, list[str]()
+
+    def noting(self: Storage, path: str, look: Callable[[memoryview], object]) -> memoryview:
+        loaded.append(path)
+        return load(self, path, look)
+
+    monkeypatch.setattr(Storage, "load", noting)
+    chosen = np.flatnonzero(random.random(ITEMS) < 0.5)
+    for ids in (chosen, chosen[chosen > 120], np.arange(KNOWN, ITEMS), chosen[:0]):
+        rows = stored.rows_of(ids)
+        for part in (slice(None), slice(0, 7), slice(7, 1000)):
+            np.testing.assert_array_equal(rows(part), now.rows(ids[part]))
+    assert len(loaded) == (0 if is_in_memory else 3 + 2)
