@@ -45,8 +45,8 @@ def launch(resources: SparkResources, imports: Sequence[str] = ()) -> None:
     """
     if _is_submitted() or SparkContext._gateway is not None:
         return
-    settings = _settings(resources)
-    _fork_ahead(dict(settings.getAll()), imports)
+    settings = _settings(resources, imports)
+    _fork_ahead(dict(settings.getAll()))
 
     def start() -> None:
         with suppress(Exception):
@@ -84,7 +84,7 @@ def is_forked_ahead() -> bool:
     return may_fork() and not _is_submitted() and SparkContext._gateway is None
 
 
-def _fork_ahead(settings: dict[str, str], imports: Sequence[str]) -> None:
+def _fork_ahead(settings: dict[str, str]) -> None:
     """Let what workers are forked from import while the JVM starts, where it is a fork of this process."""
     folder, sign = settings.get("spark.python.unix.domain.socket.dir"), "spark.executorEnv."
     if folder is None or _ahead:
@@ -94,7 +94,7 @@ def _fork_ahead(settings: dict[str, str], imports: Sequence[str]) -> None:
         return  # what else workers are given may count as they start, or before what they import is imported
     threads = {"OMP_NUM_THREADS": settings.get("spark.task.cpus", "1")}  # as Spark tells its workers
     path = f"{folder}/{_AHEAD_NAME}"
-    child = fork_ahead(path, {**os.environ, **threads, **own}, imports)
+    child = fork_ahead(path, {**os.environ, **threads, **own})
     if child is not None:
         _ahead[path] = child
         atexit.register(_end_ahead)

@@ -49,20 +49,27 @@ def main() -> None:
     path = os.environ.get(AHEAD)
     if path and _hand_over(path):
         return
-    prepare(filter(None, os.environ.get(IMPORTS, "").split(",")))
+    prepare()
     serve()
 
 
-def prepare(imports: Sequence[str] | Any) -> None:
+def prepare() -> None:
     """Import what workers need."""
     gc.disable()  # what is imported stays: looking for garbage among it takes a tenth of the time
     sys.path[:] = [entry for entry in sys.path if not is_copy(entry, sys.path)]
-    for name in (*NEEDED, *imports):
+    for name in NEEDED:
         import_module(name)
+    _import_named()
     import_module("pyarrow").array([""])  # imports pandas, if that is installed
     import_module("pipeline.mixing").mix(0)  # the first compiled call of a process takes half a second
     gc.freeze()
     gc.enable()
+
+
+def _import_named() -> None:
+    """Import what the environment names."""
+    for name in filter(None, os.environ.get(IMPORTS, "").split(",")):
+        import_module(name)
 
 
 def limit_threads(count: int) -> None:
@@ -83,7 +90,7 @@ def may_fork() -> bool:
     return sys.platform == "linux" and is_alone
 
 
-def fork_ahead(path: str, environment: Mapping[str, str], imports: Sequence[str]) -> int | None:
+def fork_ahead(path: str, environment: Mapping[str, str]) -> int | None:
     """Fork a process that imports and then waits at a Unix socket to become the daemon; its number.
 
     environment is what Spark will give its workers. None, and no fork, where that is not safe: other threads may hold
@@ -104,13 +111,13 @@ def fork_ahead(path: str, environment: Mapping[str, str], imports: Sequence[str]
             )  # Python counts OpenBLAS's threads, which outlive a fork
             child = os.fork()
         if not child:
-            _wait(server, parent, environment, imports)
+            _wait(server, parent, environment)
         server.close()
         return child
     return None
 
 
-def _wait(server: socket.socket, parent: int, environment: Mapping[str, str], imports: Sequence[str]) -> None:
+def _wait(server: socket.socket, parent: int, environment: Mapping[str, str]) -> None:
     """In the fork: import, be handed Spark's streams, serve. Never returns to what the driver was doing."""
     code = 1
     try:
@@ -121,7 +128,7 @@ def _wait(server: socket.socket, parent: int, environment: Mapping[str, str], im
             return
         os.environ.clear()
         os.environ.update(environment)
-        prepare(imports)
+        prepare()
         limit_threads(int(environment["OMP_NUM_THREADS"]))
         connection, _ = server.accept()
         server.close()
@@ -136,8 +143,7 @@ def _wait(server: socket.socket, parent: int, environment: Mapping[str, str], im
         os.environ.clear()
         os.environ.update(given["environment"])
         sys.argv = given["arguments"]
-        for name in filter(None, os.environ.get(IMPORTS, "").split(",")):
-            import_module(name)
+        _import_named()
         connection.sendall(_TAKEN + _SIZE.pack(os.getpid()))
         _to_spare.append(connection)
         code = 0

@@ -15,7 +15,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from importlib import metadata as packages
 from pathlib import Path
@@ -215,10 +215,8 @@ def commit(
         code_version=code_version(),
         created_at=time.time(),
     )
-    tree = {field.name: getattr(manifest, field.name) for field in fields(manifest)}
-    text = _laid_out(
-        {**tree, "shards": [*map(vars, manifest.shards)], "lineage": asdict(lineage), "content": manifest.content}
-    )
+    told = {"shards": [*map(vars, manifest.shards)], "lineage": asdict(lineage), "content": manifest.content}
+    text = _laid_out(vars(manifest) | told)
     received = {receipt.removesuffix(".json") for receipt in storage.names(f"{name}/{RECEIPTS}")}
     kept = {shard.name for shard in manifest.shards}
     for other in storage.names(name):

@@ -121,8 +121,17 @@ def is_streamed(manifest: Manifest, share: float) -> bool:
 
 def _row_share(manifest: Manifest, share: float) -> float:
     """Of pages that are read for a share of the rows, about."""
-    size = np.dtype(manifest.metadata["dtype"]).itemsize * int(manifest.metadata["width"])
-    return float(share * max(1, mmap.PAGESIZE // size))
+    dtype, width = _kind_of(manifest)
+    return share * max(1, mmap.PAGESIZE // (dtype.itemsize * width))
+
+
+def _kind_of(manifest: Manifest) -> tuple[np.dtype[Any], int]:
+    """The type and number of a row's values."""
+    return np.dtype(manifest.metadata["dtype"]), int(manifest.metadata["width"])
+
+
+def _is_on_a_disk_here(storage: Storage) -> bool:
+    return storage.is_local and sys.platform == "linux" and is_on_this_host(storage.root)
 
 
 def take_rows(storage: Storage, manifest: Manifest, ids: NDArray[np.integer]) -> NDArray[Any] | None:
@@ -131,14 +140,14 @@ def take_rows(storage: Storage, manifest: Manifest, ids: NDArray[np.integer]) ->
     None where that is not such a disk, or most of what is read is in memory: mapped rows are there already. Raises
     StorageError for a file that is gone or has another size.
     """
-    if not (len(ids) and storage.is_local and sys.platform == "linux" and is_on_this_host(storage.root)):
+    if not (len(ids) and _is_on_a_disk_here(storage)):
         return None
     parts = list(overlapping(manifest, int(ids[0]), int(ids[-1]) + 1))
     shards = [manifest.shards[number] for number, _, _ in parts]
     if 2 * sum(storage.is_in_memory(f"{manifest.dataset}/{shard.name}") for shard in shards) >= len(shards):
         return None
-    dtype, width = np.dtype(manifest.metadata["dtype"]), int(manifest.metadata["width"])
-    rows, place, first = np.empty((len(ids), width), dtype), 0, sum(s.rows for s in manifest.shards[: parts[0][0]])
+    dtype, width = _kind_of(manifest)
+    rows, place, first = np.empty((len(ids), width), dtype), 0, int(_first_ids(manifest)[parts[0][0]])
     for shard in shards:
         path = f"{manifest.dataset}/{shard.name}"
         try:
@@ -158,9 +167,9 @@ def map_in_place(storage: Storage, manifest: Manifest, dense: bool = True) -> Ta
 
     dense: most pages will be read; else the system is told to read none along that is not asked for.
     """
-    if not (storage.is_local and sys.platform == "linux" and is_on_this_host(storage.root)):
+    if not _is_on_a_disk_here(storage):
         return None
-    dtype, width = np.dtype(manifest.metadata["dtype"]), int(manifest.metadata["width"])
+    dtype, width = _kind_of(manifest)
     counts = np.array([shard.rows for shard in manifest.shards], np.int64)
     size = dtype.itemsize * width
     for boundary in (_HUGE, mmap.PAGESIZE):
