@@ -16,13 +16,13 @@ from functools import cached_property
 from types import TracebackType
 
 from pipeline.ann.reader import Index
-from pipeline.contracts.errors import DataError, StorageError
+from pipeline.contracts.errors import StorageError
 from pipeline.contracts.storage import Storage
 from pipeline.releases.catalogue import Catalogue, Clock
 from pipeline.releases.leases import Lease
 from pipeline.releases.records import Record
 
-_ATTEMPTS = 10
+_ATTEMPTS = 3  # to open the one that is live in the end: where it keeps moving, one that was live meanwhile will do
 LEASE_SECONDS = 600.0
 
 
@@ -75,9 +75,12 @@ class Releases:
     def open(self, release: str = "live", lease: bool = True) -> Release:
         """Open the live release, or one by its id, and hold it. Without lease nothing is written, and nothing held.
 
+        The live release is one that was live at some moment of this call, the newer one where the pointer moved.
         Raises DataError if there is none, if it is being deleted, or if its run is not what was published.
         """
-        for _ in range(_ATTEMPTS):
+        attempt = 0
+        while True:
+            attempt += 1
             pointer = self.catalogue.live()
             name = pointer.release if release == "live" else release
             assert name is not None
@@ -85,7 +88,7 @@ class Releases:
             kept = self._hold(name) if lease else None
             try:
                 pointer = self.catalogue.live()  # the lease first, then the look: `gc` does the two the other way round
-                if release == "live" and pointer.release != name:
+                if release == "live" and pointer.release != name and attempt < _ATTEMPTS:
                     continue
                 record = self.catalogue.resolve(name, pointer)
                 self.catalogue.confirm(record)
@@ -94,9 +97,6 @@ class Releases:
             finally:
                 if kept is not None:
                     kept.close()
-        raise DataError(
-            f"the live release of {self.catalogue.storage.url} changed {_ATTEMPTS} times while it was opened"
-        )
 
     def _hold(self, name: str) -> Lease:
         def still_there() -> None:

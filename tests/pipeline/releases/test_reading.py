@@ -13,7 +13,7 @@ from pipeline.contracts.storage import Storage
 from pipeline.releases.catalogue import Catalogue
 from pipeline.releases.leases import Lease, all_leases, held
 from pipeline.releases.reading import Releases
-from pipeline.releases.records import seal
+from pipeline.releases.records import Pointer, seal
 from tests.pipeline.releases.conftest import everywhere
 from tests.releases import write_run
 
@@ -56,6 +56,28 @@ def test_a_reader_keeps_what_it_opened_after_publish_and_rollback(place: str, tm
             assert (other.id, live.id, live.changed(), other.changed()) == ("c", "a", False, True)
         assert [lease.release for lease in all_leases(catalogue.storage)] == ["b"]
     assert all_leases(catalogue.storage) == []
+
+
+@pytest.mark.parametrize(("moves", "opened"), [(0, "b"), (1, "a"), (2, "b"), (1000, "b")])
+def test_a_pointer_that_keeps_moving_keeps_no_reader_out(
+    place: str, moves: int, opened: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It moves after every first look, so that no second look finds what the first found."""
+    catalogue, plain, looks = published(place, "a", "b"), Catalogue.live, 0
+
+    def moving(self: Catalogue) -> Pointer:
+        nonlocal looks
+        pointer, looks = plain(self), looks + 1
+        if looks % 2 and looks < 2 * moves:
+            catalogue.publish("a" if pointer.release == "b" else "b")
+        return pointer
+
+    monkeypatch.setattr(Catalogue, "live", moving)
+    with Releases(place).open() as release:
+        release.index.neighbours(f"night{'ab'.index(opened)}-0", 1)
+        assert (release.id, release.space_id) == (opened, catalogue.record(opened).space_id)
+        assert [lease.release for lease in all_leases(catalogue.storage)] == [opened]
+    assert looks == 2 * min(moves + 1, 3)
 
 
 def test_a_reader_without_the_right_to_write_holds_nothing(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
