@@ -8,6 +8,7 @@ sockets.
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import shutil
 import signal
@@ -15,8 +16,8 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -67,7 +68,8 @@ def session(resources: SparkResources, name: str, imports: Sequence[str] = ()) -
     if _stopping:
         _stopping.pop().join()
     try:
-        spark = SparkContext.getOrCreate(_settings(resources, imports).setAppName(name))
+        with _own_interrupts():
+            spark = SparkContext.getOrCreate(_settings(resources, imports).setAppName(name))
     except (PySparkException, Py4JError, RuntimeError, OSError) as error:
         java = getattr(error, "java_exception", None)
         reason = (str(error) if java is None else str(java.getMessage())).splitlines()[0].rstrip(".")
@@ -77,6 +79,29 @@ def session(resources: SparkResources, name: str, imports: Sequence[str] = ()) -
         ) from error
     spark.setLogLevel("ERROR")
     return spark
+
+
+@contextmanager
+def _own_interrupts() -> Iterator[None]:
+    """Let an interrupt go on meaning what it means to the caller once the block has made a session.
+
+    pyspark's handler would ask the JVM to cancel all jobs, over the connection on which the interrupted call waits:
+    that fails, in forty lines. Who stops the session ends its jobs.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.default_int_handler)
+        logging.getLogger().addFilter(_is_no_interrupt)  # added once, however often
+
+
+def _is_no_interrupt(record: logging.LogRecord) -> bool:
+    """Not what py4j logs with a traceback before it lets the interrupt through."""
+    return record.msg != "KeyboardInterrupt while sending command."
 
 
 def is_forked_ahead() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import stat
@@ -60,6 +61,46 @@ def test_a_session_takes_the_launched_jvm_and_may_follow_one_that_still_stops() 
     done = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.splitlines() == ["True True [{'answer': 42}]", "False"] * 2
     assert "Traceback" not in done.stderr
+
+
+INTERRUPTED = """
+import time
+from jobs.stage import exit_codes
+from pipeline.contracts.config import SparkResources
+from pipeline.session import session, stop
+from pipeline.spark import run_tasks
+
+def wait(task):
+    open(task["path"], "w").close()
+    time.sleep(60)
+    return {}
+
+with exit_codes():
+    spark = session(SparkResources(master="local[1]", driver_memory="1g"), "test")
+    try:
+        run_tasks(spark, [{"path": PATH}], wait, "test")
+    finally:
+        stop(spark)
+"""
+
+
+def test_interrupted_while_spark_works_a_person_reads_one_line(tmp_path: Path) -> None:
+    """As by Ctrl-C, which all processes of a terminal are sent."""
+    started = tmp_path / "started"
+    code = INTERRUPTED.replace("PATH", repr(str(started)))
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not started.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    lines = [line for line in (out + err).splitlines() if not line.startswith("WARNING: Using incubator")]
+    assert (process.returncode, lines) == (
+        130, ["interrupted; the same command goes on from the last finished shard"],
+    )  # fmt: skip
 
 
 AHEAD = """
