@@ -119,11 +119,13 @@ def run_step(
     outputs: Sequence[Output],
     make: Callable[[Task], tuple[Sequence[Made | Iterator[Made]], Report]],
     label: str,
+    before_last: Callable[[], None] | None = None,
 ) -> list[Report]:
     """Run make on every task, store what it returns for each of the outputs, and return the tasks' reports in order.
 
     A report is a small dict of JSON values; name is that of the dataset of reports. A restarted stage may have cut its
-    work into other tasks, on other cores: what an attempt finished counts for the same task alone.
+    work into other tasks, on other cores: what an attempt finished counts for the same task alone. before_last is
+    called when all outputs but the last are there, which is that by which a stage counts as over.
     """
     done = finished_manifest(storage, name, lineage)
     if done is not None:
@@ -154,6 +156,8 @@ def run_step(
         metadata = {"destinations": output.destinations} if output.destinations else {}
         metadata |= output.describe(reports) if output.describe else {}
         shards = (Shard(**shard) for result in results for shard in result["shards"][place])
+        if before_last is not None and place + 1 == len(outputs):
+            before_last()
         commit(storage, output.dataset, shards, lineage, metadata)
     commit(storage, name, (Shard(**result["noted"]) for result in results), lineage, {"reports": reports})
     return reports

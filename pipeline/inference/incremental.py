@@ -113,7 +113,10 @@ class Incremental:
         return {name: value for name, value in vars(self).items() if name != "_spark"}
 
     def run(self) -> None:
-        """Write EMBEDDINGS. Raises TooDifferentError, with nothing published, where a whole run is needed."""
+        """Write EMBEDDINGS, and before that, if asked to, what the next run goes on from.
+
+        Raises TooDifferentError, with nothing published, where a whole run is needed.
+        """
         self._find_changes()
         for layer in range(self._network.num_layers):
             self._combine(layer)
@@ -202,7 +205,7 @@ class Incremental:
                         yield whole
 
                 report = {"remade": len(ids), "published": published}
-                return [shards(), *([numbers, made[1]] if keeps_last else [])], report
+                return [*([numbers, made[1]] if keeps_last else []), shards()], report
             report = {"remade": len(ids), "largest": largest_of(made[1])}
             return [numbers, made[0], numbers, made[1]], report
 
@@ -223,7 +226,8 @@ class Incremental:
             return {**publisher.describe(published), "remade": {**before, "embeddings": made}}
 
         sums = [self._ids(SUMS), self._rows(SUMS, self._told(SUMS))] if keeps_last else []
-        self._step(label, [Output(schemas.EMBEDDINGS, describe=describe, several=True), *sums], make)
+        embeddings = Output(schemas.EMBEDDINGS, describe=describe, several=True)
+        self._step(label, [*sums, embeddings], make, before_last=self._keep if self._keeps else None)
 
     def _sums(self, layer: int) -> Callable[..., Callable[..., NDArray[np.int32]]]:
         """In a task, of a table of messages, the ids [n] that are reached and their share of all: a function of a part
@@ -257,7 +261,7 @@ class Incremental:
 
         return open_sums
 
-    def keep(self) -> None:
+    def _keep(self) -> None:
         """Keep tonight's layers, and what they were made of, for the next run to go on from.
 
         What the earlier run kept stays the base, as the same files, and what was made again since then becomes one
@@ -409,6 +413,7 @@ class Incremental:
     def _step(
         self, label: str, outputs: Sequence[Output],
         make: Callable[[Task], tuple[Sequence[Made | Iterator[Made]], Report]], together: int | None = None,
+        before_last: Callable[[], None] | None = None,
     ) -> list[Report]:  # fmt: skip
         """A task for the items of some shards that follow each other."""
         cuts, name, tasks = self._cuts, f"{AGAIN}/step-{label.replace(' ', '-')}", []
@@ -417,8 +422,8 @@ class Incremental:
             last = min(first + together, len(cuts) - 1)
             tasks.append({"start": cuts[first], "stop": cuts[last], "shards": list(range(first, last))})
         return run_step(
-            self._spark, self._storage, self._lineage, name, tasks, outputs, make, f"inference: {label}"
-        )  # fmt: skip
+            self._spark, self._storage, self._lineage, name, tasks, outputs, make, f"inference: {label}", before_last
+        )
 
 
 def _within(ids: NDArray[np.uint32], start: int, stop: int) -> NDArray[np.uint32]:

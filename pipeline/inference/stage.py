@@ -73,12 +73,8 @@ def _from_earlier(
         if reason or earlier is not None:
             say(f"inference: all items, as {reason or 'it is not known what changed of features and neighbours'}")
         return False
-    incremental, keeps = Incremental(spark, storage, settings, lineage, network, earlier, changes), False
     try:
-        incremental.run()
-        keeps = settings.resources.inference.keep_layers
-        if keeps:
-            incremental.keep()
+        Incremental(spark, storage, settings, lineage, network, earlier, changes).run()
     except TooDifferentError as error:
         say(f"inference: all items, as {error}")
         storage.delete(AGAIN)
@@ -86,7 +82,7 @@ def _from_earlier(
     remade = open_manifest(storage, schemas.EMBEDDINGS).metadata["remade"]
     told = ", ".join(f"{count:,} {name}" for name, count in remade.items())
     say(f"inference: from {earlier.storage.url}, made again: {told}")
-    storage.delete(AGAIN if keeps else schemas.LAYERS.name)
+    storage.delete(AGAIN if settings.resources.inference.keep_layers else schemas.LAYERS.name)
     return True
 
 

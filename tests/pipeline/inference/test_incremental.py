@@ -12,12 +12,14 @@ import pytest
 from numpy.typing import NDArray
 from pyspark import SparkContext
 
+from pipeline import steps
 from pipeline.contracts import schemas
 from pipeline.contracts.config import parse_settings
 from pipeline.contracts.datasets import (
     Lineage,
     arrow_to_vectors,
     commit,
+    find_manifest,
     lists_to_arrow,
     open_manifest,
     read_shard,
@@ -34,6 +36,7 @@ from pipeline.differences import Noting
 from pipeline.inference import incremental, stage
 from pipeline.inference.earlier import continued_bounds
 from pipeline.inference.incremental import shards_together
+from pipeline.spark import run_tasks
 from tests.pipeline.inference.test_stage import WIDTH, PlainNetwork
 from tests.synthetic import shop_settings
 
@@ -288,6 +291,51 @@ def test_lost_embeddings_are_made_again_beside_layers_that_were_kept(spark: Spar
     before, _ = embed(spark, storage, network)
     storage.delete(schemas.EMBEDDINGS.name)
     np.testing.assert_array_equal(embed(spark, storage, network)[0], before)
+
+
+def test_broken_off_at_each_of_its_steps_it_ends_as_what_the_next_night_goes_on_from(
+    spark: SparkContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each time half way through a step more: the embeddings are there when all is that is kept beside them."""
+    network, world = PlainNetwork(2), World(120)
+    first, second, whole, third = (Storage(str(tmp_path / name)) for name in ("first", "second", "whole", "third"))
+    world.store(first, 2)
+    embed(spark, first, network)
+    world.features[[3, 47]] += np.float32(0.25)
+    for storage, previous in ((second, first), (whole, None)):
+        world.store(storage, 2, previous=previous)
+    expected, _ = embed(spark, whole, network)
+    broken: list[str] = []
+
+    class BrokenOffError(Exception):
+        pass
+
+    def breaking(session: SparkContext, tasks: Any, work: Any, label: str) -> Any:
+        if label in broken:
+            return run_tasks(session, tasks, work, label)
+        broken.append(label)
+        run_tasks(session, tasks[: (len(tasks) + 1) // 2], work, label)
+        raise BrokenOffError
+
+    with monkeypatch.context() as patch:
+        for module in (steps, incremental):
+            patch.setattr(module, "run_tasks", breaking)
+        for _ in range(100):
+            try:
+                found, told = embed(spark, second, network, previous=first)
+                break
+            except BrokenOffError:
+                assert find_manifest(second, schemas.EMBEDDINGS) is None
+    np.testing.assert_array_equal(found, expected)
+    assert {"inference: combine layer 2 again", "inference: keep sums", "inference: base of sums"} <= set(broken)
+    assert told["remade"]["changed items"] == 2
+    world.features[20] += np.float32(0.5)
+    whole.delete(schemas.EMBEDDINGS.name)
+    for storage, previous in ((third, second), (whole, None)):
+        world.store(storage, 2, previous=previous)
+    chained, told = embed(spark, third, network, previous=second)
+    assert told["remade"]["changed items"] == 1
+    np.testing.assert_array_equal(chained, embed(spark, whole, network)[0])
 
 
 @pytest.mark.parametrize("noted", [True, False])
