@@ -96,12 +96,15 @@ def _own_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before or signal.default_int_handler)
-        logging.getLogger().addFilter(_is_no_interrupt)  # added once, however often
+        for logger in (None, "py4j.clientserver"):
+            logging.getLogger(logger).addFilter(_is_no_interrupt)  # added once, however often
 
 
 def _is_no_interrupt(record: logging.LogRecord) -> bool:
-    """Not what py4j logs with a traceback before it lets the interrupt through."""
-    return record.msg != "KeyboardInterrupt while sending command."
+    """Not what py4j logs, with tracebacks, before it lets the interrupt through, which closes the connection."""
+    return record.msg not in (
+        "KeyboardInterrupt while sending command.", "Exception occurred while shutting down connection",
+    )  # fmt: skip
 
 
 def is_forked_ahead() -> bool:

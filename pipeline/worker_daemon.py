@@ -206,11 +206,16 @@ def is_copy(entry: str, entries: Sequence[str]) -> bool:
 
 
 def quiet(worker: Callable[..., int]) -> Callable[..., int]:
-    """A worker that, when Spark has closed its socket, ends without a traceback: that is how a session ends."""
+    """A worker that, when Spark has closed its socket, ends without a traceback: that is how a session ends.
+
+    Nor with one of the file around the socket: from Python 3.13 on a file that cannot be flushed says so when it goes.
+    """
 
     def work(*arguments: Any) -> int:
         while _to_spare:
             _to_spare.pop().close()
+        others = sys.unraisablehook
+        sys.unraisablehook = lambda found: None if isinstance(found.exc_value, BrokenPipeError) else others(found)
         try:
             return worker(*arguments)
         except BrokenPipeError:
