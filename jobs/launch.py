@@ -19,10 +19,15 @@ def main() -> None:
     expect_children()
     folder = tempfile.TemporaryDirectory(prefix="pinsage-verdict-")
     os.environ[VERDICT] = os.path.join(folder.name, "final")
-    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.run import main as torchrun
 
-    torchrun(sys.argv[1:])
+    for logger in ("torch.distributed", "torch.distributed.elastic.agent.server.api"):
+        logging.getLogger(logger).setLevel(logging.ERROR)  # torch sets it, too, when it is imported
+    try:
+        torchrun(sys.argv[1:])
+    except SignalException as stopped:  # the ranks were told, and have said what a person has to know
+        sys.exit(128 + stopped.sigval)
 
 
 if __name__ == "__main__":

@@ -148,7 +148,13 @@ _stopping: list[threading.Thread] = []
 
 def stop(spark: SparkContext) -> None:
     """Stop Spark. For a thread of its own, which sleeps up to a second, pyspark waits by itself."""
-    thread = threading.Thread(target=spark.stop, daemon=True)
+
+    def end() -> None:
+        with suppress(Exception):
+            spark.setLogLevel("OFF")  # tasks that are cut off would say what they find gone
+        spark.stop()
+
+    thread = threading.Thread(target=end, daemon=True)
     thread.start()
     _stopping.append(thread)
     while thread.is_alive() and spark._jsc is not None:

@@ -8,6 +8,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,15 @@ PLAIN = [sys.executable, "-u", "jobs/train.py"]
 TORCHRUN = [sys.executable, "-u", "-m", "torch.distributed.run", "--standalone"]
 TWO_RANKS = [*TORCHRUN, "--nproc-per-node=2", "jobs/train.py"]
 THREE_RANKS = [*TORCHRUN, "--nproc-per-node=3", "jobs/train.py"]
+LAUNCH = [
+    sys.executable, "-m", "jobs.launch", "--standalone", "--nproc-per-node=2", "--max-restarts=3",
+    "--module", "jobs.train",
+]  # fmt: skip
 FILES = ("model.safetensors", "model.json", "history.json")
 
 
-def start(command: list[str], run: Run, *arguments: str) -> subprocess.Popen[str]:
-    """Start a trainer whose output can be read line by line."""
+def start(command: list[str], run: Run, *arguments: str, alone: bool = False) -> subprocess.Popen[str]:
+    """Start a trainer whose output can be read line by line; alone: as the group of a terminal of its own."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*command, "--settings", str(run.file), *arguments],
@@ -41,6 +46,7 @@ def start(command: list[str], run: Run, *arguments: str) -> subprocess.Popen[str
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=alone,
     )
 
 
@@ -129,10 +135,30 @@ def test_a_killed_rank_is_started_again_with_the_others_and_the_result_is_the_sa
     assert files(broken) == files(unbroken)
 
 
+@pytest.mark.parametrize("moment", ["the launcher imports", "ranks import", "ranks train"])
+def test_ctrl_c_at_any_moment_leaves_no_traceback_and_no_process(make_run: MakeRun, moment: str) -> None:
+    """All processes of a terminal are sent it."""
+    process = start(LAUNCH, make_run(training={"epochs": 50}), alone=True)
+    if moment == "the launcher imports":
+        time.sleep(0.7)
+    elif moment == "ranks import":
+        while len(children(process.pid)) < 2:
+            time.sleep(0.01)
+    else:
+        assert process.stdout is not None
+        assert any("epoch 1/50" in line for line in process.stdout)
+    ranks = children(process.pid)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGINT)
+    assert not {"Traceback", "signal"} & set(output.split()), output
+    for rank in ranks:
+        wait_for_end(rank)
+
+
 def test_what_a_person_must_mend_is_not_tried_again(make_run: MakeRun) -> None:
     run = make_run(training={"optimizer": "sgd", "learning_rate": 1e30}, model={"normalise_output": False})
-    launch = [sys.executable, "-m", "jobs.launch", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
-    process = start([*launch, "--module", "jobs.train"], run)
+    process = start(LAUNCH, run)
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 1
     assert output.count("error: the loss is") == 1, output

@@ -173,3 +173,13 @@ def test_what_nothing_changed_for_is_not_rebuilt_after_an_input_was_built_again(
     """Forcing walks gives the same bytes, so nothing after them is out of date."""
     assert "walks: done in" in finished.pinsage("walks", "--force").text
     assert set(states(finished).values()) == {"ready"}
+
+
+def test_ctrl_c_while_modules_are_imported_leaves_no_traceback() -> None:
+    """Any other error keeps its own."""
+    for error, expected in (("KeyboardInterrupt", ""), ("ValueError", "Traceback")):
+        done = subprocess.run(
+            [sys.executable, "-c", f"import jobs; raise {error}"], capture_output=True, text=True, check=False, cwd=ROOT
+        )
+        assert done.returncode != 0
+        assert done.stderr[:9] == expected
