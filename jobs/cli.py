@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import jobs.interrupts  # noqa: F401
+
+# isort: split
 import datetime
 import json
+import platform
 import sys
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -21,10 +27,11 @@ from jobs.stage import ForceOption, OverrideOption, SettingsOption, exit_codes, 
 from pipeline import report
 from pipeline.contracts import schemas
 from pipeline.contracts.config import Settings, load_settings, reference
-from pipeline.contracts.datasets import RECEIPTS, find_manifest, open_manifest, read_file, read_table
+from pipeline.contracts.datasets import RECEIPTS, code_version, find_manifest, open_manifest, read_file, read_table
 from pipeline.contracts.errors import DataError, SettingsError
 from pipeline.contracts.storage import Storage
 
+VERSIONS = ("pyspark", "torch", "dgl", "faiss-cpu", "faiss-gpu", "pyarrow", "numpy", "numba", "fsspec", "s3fs")
 DEMO = Path(__file__).resolve().parent.parent / "infra" / "settings" / "online-retail.yaml"
 
 app = typer.Typer(
@@ -43,6 +50,27 @@ console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 def main() -> None:
     """Entry point of the `pinsage` command."""
     app()
+
+
+def _print_versions(wanted: bool) -> None:
+    if wanted:
+        print(
+            f"pinsage {code_version()} on Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+        )
+        for name in VERSIONS:
+            with suppress(metadata.PackageNotFoundError):
+                print(f"{name} {metadata.version(name)}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_versions, is_eager=True, help="Print what is installed, and exit."),
+    ] = False,
+) -> None:
+    """Options before any command; the help is the app's."""
 
 
 for _stage in schemas.STAGES:

@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import jobs.interrupts  # noqa: F401
+
+# isort: split
 import logging
 import os
 import sys

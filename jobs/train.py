@@ -6,6 +6,9 @@ sums of floats depend on their order.
 
 from __future__ import annotations
 
+import jobs.interrupts  # noqa: F401
+
+# isort: split
 import argparse
 import logging
 import os

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -175,11 +176,23 @@ def test_what_nothing_changed_for_is_not_rebuilt_after_an_input_was_built_again(
     assert set(states(finished).values()) == {"ready"}
 
 
+def test_the_version_is_told_with_those_of_what_it_runs_on() -> None:
+    done = CliRunner().invoke(app, ["--version"])
+    assert done.exit_code == 0
+    first, *others = done.output.splitlines()
+    assert first.startswith(f"pinsage {metadata.version('pinsage-pipeline')} on Python 3.")
+    assert f"torch {metadata.version('torch')}" in others
+
+
 def test_ctrl_c_while_modules_are_imported_leaves_no_traceback() -> None:
     """Any other error keeps its own."""
     for error, expected in (("KeyboardInterrupt", ""), ("ValueError", "Traceback")):
         done = subprocess.run(
-            [sys.executable, "-c", f"import jobs; raise {error}"], capture_output=True, text=True, check=False, cwd=ROOT
+            [sys.executable, "-c", f"import jobs.interrupts; raise {error}"],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=ROOT,
         )
         assert done.returncode != 0
         assert done.stderr[:9] == expected
