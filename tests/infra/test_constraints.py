@@ -33,7 +33,7 @@ def test_every_pin_can_be_installed_on_every_python_promised(python: str) -> Non
             found = metadata.distribution(requirement.name)
         except metadata.PackageNotFoundError:
             continue
-        wants = found.metadata["Requires-Python"]
+        wants = str(found.metadata.json.get("requires_python", ""))
         if wants and found.version in requirement.specifier and holds_for(line, python):
             checked += 1
             if python not in SpecifierSet(wants):
