@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from pyspark import SparkContext
 
 from pipeline.contracts.datasets import (
-    RECEIPTS,
     Lineage,
     Shard,
     begin,
@@ -27,6 +26,7 @@ from pipeline.contracts.datasets import (
     finished_manifest,
     finished_shard,
     shard_name,
+    withdraw_receipt,
     write_file,
     write_shard,
 )
@@ -141,7 +141,7 @@ def run_step(
         is_same = earlier.get("task") == task
         found = [_finished(storage, output, task, lineage) for output in outputs] if is_same else []
         if noted is None or not is_same or None in found:
-            storage.remove(f"{name}/{RECEIPTS}/{file}.json")  # of files that are made anew from here on
+            withdraw_receipt(storage, name, file)  # as what it tells of is made anew from here on
             made, report = make(task)
             pairs = zip(outputs, made, strict=True)
             shards = [output.write(storage, task, rows, lineage) for output, rows in pairs]

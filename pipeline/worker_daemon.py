@@ -105,10 +105,8 @@ def fork_ahead(path: str, environment: Mapping[str, str]) -> int | None:
         sys.stdout.flush()
         sys.stderr.flush()
         parent = os.getpid()
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", DeprecationWarning
-            )  # Python counts OpenBLAS's threads, which outlive a fork
+        with warnings.catch_warnings():  # Python counts OpenBLAS's threads, which outlive a fork
+            warnings.simplefilter("ignore", DeprecationWarning)
             child = os.fork()
         if not child:
             _wait(server, parent, environment)

@@ -379,8 +379,17 @@ def put_large_file(storage: Storage, name: str, file: str, local: str | Path, li
 def leave_receipt(storage: Storage, name: str, shard: Shard, lineage: Lineage) -> Shard:
     """Note that a shard of this lineage is finished, and by which version of the code."""
     receipt = {"fingerprint": lineage.fingerprint, "code_version": code_version(), **asdict(shard)}
-    storage.write_bytes(f"{name}/{RECEIPTS}/{shard.name}.json", json.dumps(receipt).encode(), lasting=False)
+    storage.write_bytes(_receipt_path(name, shard.name), json.dumps(receipt).encode(), lasting=False)
     return shard
+
+
+def withdraw_receipt(storage: Storage, name: str, file: str) -> None:
+    """Let a file not count as finished, if it does: it is about to be made anew."""
+    storage.remove(_receipt_path(name, file))
+
+
+def _receipt_path(name: str, file: str) -> str:
+    return f"{name}/{RECEIPTS}/{file}.json"
 
 
 def finished_shard(storage: Storage, dataset: Dataset | str, file: int | str, lineage: Lineage) -> Shard | None:
@@ -396,7 +405,7 @@ def finished_file(
     name = dataset if isinstance(dataset, str) else dataset.name
     file = shard_name(file) if isinstance(file, int) else file
     try:
-        receipt = storage.read_with(f"{name}/{RECEIPTS}/{file}.json", json.loads)
+        receipt = storage.read_with(_receipt_path(name, file), json.loads)
         if (receipt.pop("fingerprint"), receipt.pop("code_version")) != (lineage.fingerprint, code_version()):
             return None
         shard = Shard(**receipt)
