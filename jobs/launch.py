@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-import jobs.interrupts  # noqa: F401
+from jobs.interrupts import held_back
 
 # isort: split
 import logging
 import os
 import sys
 import tempfile
+import threading
 
 from model.lifetime import VERDICT, die_with_parent, expect_children
 
@@ -27,8 +28,10 @@ def main() -> None:
 
     for logger in ("torch.distributed", "torch.distributed.elastic.agent.server.api"):
         logging.getLogger(logger).setLevel(logging.ERROR)  # torch sets it, too, when it is imported
+    threading.Thread(target=threading.Event().wait, daemon=True).start()  # interrupts reach the process by it
     try:
-        torchrun(sys.argv[1:])
+        with held_back():
+            torchrun(sys.argv[1:])
     except SignalException as stopped:  # the ranks were told, and have said what a person has to know
         sys.exit(128 + stopped.sigval)
 

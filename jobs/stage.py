@@ -22,6 +22,7 @@ from pyspark import SparkContext
 from rich.console import Console
 from rich.markup import escape
 
+from jobs.interrupts import held_back
 from model.lifetime import PARENT
 from model.lineage import adopt
 from model.lineage import lineage as training_lineage
@@ -29,6 +30,7 @@ from pipeline.contracts import schemas
 from pipeline.contracts.config import Settings, dump_settings, load_settings
 from pipeline.contracts.datasets import RECEIPTS, Lineage, begin, code_version, find_manifest, is_up_to_date, trace
 from pipeline.contracts.errors import PipelineError, ResourceError
+from pipeline.contracts.interrupts import interrupts_first
 from pipeline.contracts.schemas import RESOLVED, Stage
 from pipeline.contracts.storage import Storage
 from pipeline.session import check_port, is_forked_ahead, is_running, launch, session, stop
@@ -80,7 +82,8 @@ def stage_named(name: str) -> Stage:
 def exit_codes() -> Iterator[None]:
     """Turn errors that the user can mend into one message and exit code 1, an interrupt into 130."""
     try:
-        yield
+        with interrupts_first():
+            yield
     except PipelineError as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         raise SystemExit(1) from None
@@ -225,9 +228,16 @@ def _train(settings: Settings, force: bool) -> None:
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": str(training.threads), PARENT: str(os.getpid())}
     arguments = ["--settings", resolved, *(["--force"] if force else [])]
-    finished = subprocess.run([*command, *arguments], env=environment, check=False)
-    if finished.returncode:
-        raise ResourceError(f"training ended with exit code {finished.returncode}; its message is above")
+    with held_back():
+        process = subprocess.Popen([*command, *arguments], env=environment)
+    with process:
+        try:
+            process.wait()
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode:
+        raise ResourceError(f"training ended with exit code {process.returncode}; its message is above")
 
 
 @contextmanager

@@ -6,7 +6,7 @@ sums of floats depend on their order.
 
 from __future__ import annotations
 
-import jobs.interrupts  # noqa: F401
+from jobs.interrupts import held_back
 
 # isort: split
 import argparse
@@ -20,11 +20,13 @@ from pipeline.contracts import schemas
 from pipeline.contracts.config import load_settings
 from pipeline.contracts.datasets import is_up_to_date
 from pipeline.contracts.errors import PipelineError
+from pipeline.contracts.interrupts import interrupts_first
 from pipeline.contracts.safety import Redacting
 from pipeline.contracts.storage import Storage
 
 if __name__ == "__main__":
-    choose_allocator()
+    with held_back():
+        choose_allocator()
 # OpenMP reads this when torch is imported: threads that spin while they wait made steps 8 times longer on a busy host.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Before torch's slow import too, so that no rank outlives a launcher that is killed meanwhile.
@@ -57,7 +59,8 @@ def main() -> int:
         handler.addFilter(Redacting())
     logging.getLogger("model").setLevel(logging.INFO if is_first else logging.ERROR)
     try:
-        run(arguments.settings, arguments.overrides, arguments.force)
+        with interrupts_first():
+            run(arguments.settings, arguments.overrides, arguments.force)
     except PipelineError as error:
         give_up()
         if not is_first:

@@ -27,6 +27,7 @@ from pyspark.errors import PySparkException
 
 from pipeline.contracts.config import SparkResources
 from pipeline.contracts.errors import ResourceError
+from pipeline.contracts.interrupts import interrupts_first
 from pipeline.contracts.safety import SECRET_NAMES
 from pipeline.jvm import LIGHT, archive_options
 from pipeline.worker_daemon import AHEAD, IMPORTS, fork_ahead, may_fork
@@ -68,7 +69,7 @@ def session(resources: SparkResources, name: str, imports: Sequence[str] = ()) -
     if _stopping:
         _stopping.pop().join()
     try:
-        with _own_interrupts():
+        with interrupts_first(), _own_interrupts():
             spark = SparkContext.getOrCreate(_settings(resources, imports).setAppName(name))
     except (PySparkException, Py4JError, RuntimeError, OSError) as error:
         java = getattr(error, "java_exception", None)

@@ -37,6 +37,7 @@ from rich.progress import (
 from pipeline.contracts import errors
 from pipeline.contracts.datasets import Lineage, Shard, finished_shard, write_shard
 from pipeline.contracts.errors import PipelineError
+from pipeline.contracts.interrupts import interrupts_first
 from pipeline.contracts.safety import printable
 from pipeline.contracts.schemas import Dataset
 from pipeline.contracts.storage import Storage
@@ -165,7 +166,7 @@ def progress(label: str, total: int, spark: SparkContext | None = None) -> Itera
         if spark is None:
             yield advance
         else:
-            with _following(spark, bars, bar, label, started), _plain_errors(label):
+            with interrupts_first(), _following(spark, bars, bar, label, started), _plain_errors(label):
                 yield advance
         bars.update(bar, completed=bars.tasks[0].total)
         _show_rate(bars, bar, started)

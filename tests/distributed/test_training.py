@@ -140,10 +140,9 @@ def test_ctrl_c_at_any_moment_leaves_no_traceback_and_no_process(make_run: MakeR
     """All processes of a terminal are sent it."""
     process = start(LAUNCH, make_run(training={"epochs": 50}), alone=True)
     if moment == "the launcher imports":
-        time.sleep(0.7)
+        wait_until(lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text())
     elif moment == "ranks import":
-        while len(children(process.pid)) < 2:
-            time.sleep(0.01)
+        wait_until(lambda: len(children(process.pid)) == 2)
     else:
         assert process.stdout is not None
         assert any("epoch 1/50" in line for line in process.stdout)
@@ -239,6 +238,13 @@ def children(pid: int) -> list[int]:
     """The processes that pid has started, where the kernel tells."""
     listed = Path(f"/proc/{pid}/task/{pid}/children")
     return [int(child) for child in listed.read_text().split()] if listed.exists() else []
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def wait_for_end(pid: int) -> None:

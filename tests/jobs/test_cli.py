@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 from importlib import metadata
@@ -12,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from jobs.cli import app
+from jobs.interrupts import held_back
 from pipeline.contracts import schemas
 from pipeline.contracts.config import reference
 from pipeline.contracts.schemas import STAGES
@@ -186,9 +188,14 @@ def test_the_version_is_told_with_those_of_what_it_runs_on() -> None:
 
 def test_ctrl_c_while_modules_are_imported_leaves_no_traceback() -> None:
     """Any other error keeps its own."""
-    for error, expected in (("KeyboardInterrupt", ""), ("ValueError", "Traceback")):
+    cases = {
+        "raise KeyboardInterrupt": "",
+        "try: raise KeyboardInterrupt\nexcept BaseException: raise ImportError": "",
+        "raise ValueError": "Traceback",
+    }
+    for code, expected in cases.items():
         done = subprocess.run(
-            [sys.executable, "-c", f"import jobs.interrupts; raise {error}"],
+            [sys.executable, "-c", f"import jobs.interrupts\n{code}"],
             capture_output=True,
             text=True,
             check=False,
@@ -196,3 +203,18 @@ def test_ctrl_c_while_modules_are_imported_leaves_no_traceback() -> None:
         )
         assert done.returncode != 0
         assert done.stderr[:9] == expected
+
+
+def test_ctrl_c_before_python_has_begun_leaves_no_traceback_where_it_is_held_back() -> None:
+    for _ in range(5):
+        with held_back():
+            process = subprocess.Popen(
+                [sys.executable, "-c", "import jobs.interrupts, time; time.sleep(60)"],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+            )
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+        assert (process.returncode, output) == (-signal.SIGINT, b"")
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pyspark import SparkContext
+from py4j.protocol import Py4JNetworkError
+from pyspark import RDD, SparkContext
 
 from pipeline.spark import run_tasks
 from pipeline.worker_daemon import is_copy
@@ -70,3 +71,30 @@ def test_a_worker_reuses_the_memory_of_what_it_freed(spark: SparkContext) -> Non
     size = 48 << 20
     found = run_tasks(spark, [{"bytes": size}], faults, "test")[0]["faults"]
     assert max(found[1:]) < size // resource.getpagesize() // 20
+
+
+@pytest.mark.parametrize("failure", ["", "py4j"])
+def test_an_interrupt_stays_one_when_spark_fails_while_it_passes(
+    spark: SparkContext, monkeypatch: pytest.MonkeyPatch, failure: str
+) -> None:
+    """py4j loses its connection to the JVM as it lets an interrupt through, and pyspark then asks the JVM for more."""
+
+    def interrupted(rdd: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            if failure:
+                raise Py4JNetworkError("Answer from Java side is empty")
+
+    monkeypatch.setattr(RDD, "collect", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_tasks(spark, [{}], lambda task: task, "test")
+
+
+def test_an_error_of_spark_stays_one(spark: SparkContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failed(rdd: object) -> None:
+        raise Py4JNetworkError("Answer from Java side is empty")
+
+    monkeypatch.setattr(RDD, "collect", failed)
+    with pytest.raises(Py4JNetworkError):
+        run_tasks(spark, [{}], lambda task: task, "test")
