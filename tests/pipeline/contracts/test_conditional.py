@@ -69,7 +69,7 @@ def test_the_lock_of_a_killed_writer_is_free(tmp_path: Path) -> None:
         assert wait([written], timeout=0.2).not_done  # it waits for the holder
         holder.send_signal(signal.SIGKILL)
         holder.wait()
-        assert written.result(timeout=10)
+        assert written.result(timeout=60)
 
 
 def test_a_store_without_conditions_is_refused() -> None:

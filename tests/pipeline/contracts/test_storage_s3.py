@@ -114,7 +114,7 @@ def test_a_store_that_never_answers_is_given_up_and_named(faulty: Faulty) -> Non
     started = time.monotonic()
     with pytest.raises(StorageError, match=r"cannot read bucket/.*/a: .*[Tt]ime"):
         storage.read_bytes("a")
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 100
 
 
 def test_without_credentials_nothing_is_waited_for(faulty: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -193,7 +193,7 @@ def test_layers_that_are_held_and_summed_elsewhere_give_the_same_bytes(spark: Sp
 
 
 def test_what_is_held_is_given_back_when_no_task_asks_for_it(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reducers, "KEPT_SECONDS", 0.5)
+    monkeypatch.setattr(reducers, "KEPT_SECONDS", 600)
     matrix, network = np.arange(12, dtype=np.float32).reshape(4, 3), PlainNetwork(1, holds=True)
     shard = write_rows(storage, "layer", 0, matrix, LINEAGE)
     rows = Rows.of(storage, commit(storage, "layer", [shard], LINEAGE, describe_rows("float32", 3)), None)
@@ -201,10 +201,13 @@ def test_what_is_held_is_given_back_when_no_task_asks_for_it(storage: Storage, m
     np.testing.assert_array_equal(first["rows"], matrix)
     assert reducers.hold_once(rows, network) is first
     assert network.gave_back == 0
-    waited = time.monotonic() + 30
+    monkeypatch.setattr(reducers, "KEPT_SECONDS", 0.05)
+    assert reducers.hold_once(rows, network) is first
+    waited = time.monotonic() + 60
     while not network.gave_back and time.monotonic() < waited:
         time.sleep(0.05)
     assert network.gave_back == 1
+    monkeypatch.setattr(reducers, "KEPT_SECONDS", 600)
     assert reducers.hold_once(rows, network) is not first
     assert reducers.hold_once(rows, PlainNetwork(1)) is not None, "the process holds it already"
 
