@@ -43,6 +43,9 @@ class Embedder:
 
     def __init__(self, settings: Settings) -> None:
         storage = Storage(settings.resources.run)
+        resources = settings.resources
+        inference = resources.inference.model_copy(update={"device": "cpu"})  # whatever embeds the catalogue
+        settings = settings.model_copy(update={"resources": resources.model_copy(update={"inference": inference})})
         self._settings, self._source = settings, settings.task.data.items
         network = load_network(storage, open_manifest(storage, schemas.MODEL), settings)
         self._newcomers = Newcomers(storage, settings, network)

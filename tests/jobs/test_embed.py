@@ -117,6 +117,11 @@ def test_a_missing_field_counts_as_missing(embedder: Embedder) -> None:
     assert np.array_equal(full, embedder.embed(pa.table({"product": ["a"], "name": ["red mug"]}))[1])
 
 
+def test_what_serves_needs_no_gpu_where_the_catalogue_is_embedded_on_one(finished: Shop, embedder: Embedder) -> None:
+    other = Embedder.open(load_settings(str(finished.settings_file), ["resources.inference.device=cuda"]))
+    np.testing.assert_array_equal(other.embed([NEW_MUG])[1], embedder.embed([NEW_MUG])[1])
+
+
 def test_no_items_are_no_embeddings(embedder: Embedder) -> None:
     keys, vectors = embedder.embed([])
     assert keys == []
