@@ -176,7 +176,8 @@ class Edges:
             for number, items in report["classes"].items():
                 total[int(number)] += items
         at_least = np.cumsum(total[::-1])[::-1]  # items with so many references or more
-        return max(1, int(np.argmax(at_least <= self._share * num_items)))
+        found = int(np.argmax(at_least <= self._share * num_items))
+        return max(1, found) if found <= _MOST_COUNT else num_items + 1  # so many are in all lists: no item is
 
     def _raw(self, name: str) -> Output:
         return Output(f"{_EXCHANGE}/{name}", raw=True, describe=lambda _: describe_rows("uint32", 1))
