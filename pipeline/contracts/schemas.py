@@ -343,6 +343,7 @@ SCRATCH = {name: name for name in (INGEST.name, GRAPH.name, WALKS.name)} | {
     "pairs-ranking": PAIRS_STAGE.name,
     TRAINING: TRAIN.name,
     LAYERS.name: INFERENCE.name,
+    EXCHANGE: INFERENCE.name,
     GATE.name: GATE.name,
     COMPACT_WORK: COMPACT_STAGE.name,
     INDEX_PARTS: INDEX_STAGE.name,

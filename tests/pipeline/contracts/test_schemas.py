@@ -57,6 +57,7 @@ def test_only_what_changes_a_stages_output_makes_it_run_again() -> None:
         ("pairs", "", "run `pinsage pairs` to build it"),
         ("pairs", "again", "run `pinsage pairs --force` to build it again"),
         ("layers/output-1", "again", "run `pinsage inference --force` to build it again"),
+        ("neighbour_edges/edges", "again", "run `pinsage inference --force` to build it again"),
         ("ingest/events", "again", "run `pinsage ingest --force` to build it again"),
         ("unheard-of", "", "run `pinsage run` to build it"),
     ],
