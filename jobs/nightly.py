@@ -39,6 +39,7 @@ from pipeline.contracts.config import Settings, load_settings
 from pipeline.contracts.datasets import find_manifest, read_file, withdraw_broken
 from pipeline.contracts.errors import DataError, PipelineError, ResourceError
 from pipeline.contracts.storage import Storage
+from pipeline.inference.ways import let_go
 from pipeline.nightly import lock, night, summary
 from pipeline.nightly.night import Night
 from pipeline.releases.catalogue import Catalogue
@@ -252,7 +253,7 @@ class Steps:
             for name in {**gone.releases, **gone.runs}:
                 console.print(f"deleted {name}")
             if tonight.previous is not None:
-                self.site.delete(f"{RUNS}/{tonight.previous}/{schemas.LAYERS.name}")
+                let_go(self.run_of(tonight.previous))
         except PipelineError as error:
             console.print(f"[yellow]nothing old was deleted:[/] {escape(str(error))}", soft_wrap=True)
 

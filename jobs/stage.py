@@ -33,6 +33,7 @@ from pipeline.contracts.errors import PipelineError, ResourceError
 from pipeline.contracts.interrupts import interrupts_first
 from pipeline.contracts.schemas import RESOLVED, Stage
 from pipeline.contracts.storage import Storage
+from pipeline.inference.ways import sweep
 from pipeline.session import check_port, is_forked_ahead, is_running, launch, session, stop
 from pipeline.spark import RUN, say
 
@@ -116,6 +117,8 @@ def run_stages(stages: Sequence[Stage], settings: Settings, force: bool = False)
                 _forget(storage, stage)
             elif is_up_to_date(storage, stage, lineage):
                 say(f"{stage.name}: up to date")
+                if stage is schemas.INFERENCE:
+                    sweep(storage)
                 continue
             started = time.monotonic()
             say(f"{stage.name}: {stage.meaning}")

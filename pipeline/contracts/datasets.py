@@ -28,13 +28,13 @@ from numpy.typing import NDArray
 
 from pipeline.contracts.config import Settings, select
 from pipeline.contracts.errors import DataError
-from pipeline.contracts.schemas import SCHEMA_VERSION, Dataset, Stage, how_to_build
+from pipeline.contracts.schemas import SCHEMA_VERSION, STAGES, Dataset, Stage, how_to_build
 from pipeline.contracts.storage import Storage
 
 MANIFEST = "_manifest.json"
 RECEIPTS = "_building"
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
-_OURS = re.compile(r"part-\d+\.parquet|checkpoint\.pt")
+_OURS = re.compile(r"part-\d+\.(?:parquet|rows|blocks)|checkpoint\.pt")
 """Names that only stages give: an old version's shards, a finished training's checkpoint. Receipts name the rest."""
 _LEVELS = 2
 """Of a manifest that are laid out line by line."""
@@ -242,6 +242,21 @@ def _laid_out(tree: Any, line: str = "\n") -> str:
     return json.dumps(tree, sort_keys=True)
 
 
+def check_sources(storage: Storage, dataset: Dataset) -> None:
+    """Raise DataError if the dataset, or what it was made of, was made of another dataset than lies beside it now."""
+    made = open_manifest(storage, dataset)
+    for source in (source for stage in STAGES if dataset in stage.writes for source in stage.reads):
+        found, content = find_manifest(storage, source), made.lineage.inputs.get(source.name)
+        if found is None or content is None:
+            continue
+        if found.content != content:
+            raise DataError(
+                f"{storage.locate(dataset.name)} was made of another {source.name} than lies beside it now; "
+                f"{how_to_build(dataset.name)}"
+            )
+        check_sources(storage, source)
+
+
 def begin(storage: Storage, dataset: Dataset | str) -> None:
     """Withdraw the dataset before its shards are overwritten, so that no manifest speaks of other bytes.
 
@@ -264,8 +279,10 @@ def take_over(storage: Storage, earlier: Storage, dataset: Dataset, lineage: Lin
     return commit(storage, dataset, shards, lineage, found.metadata)
 
 
-def withdraw_broken(storage: Storage) -> list[str]:
-    """Forget every dataset of a run, finished or of a step, of which a file is gone or changed; their names.
+def withdraw_broken(storage: Storage, folder: str = "") -> list[str]:
+    """Forget every dataset of a run, or of a folder of it, finished or of a step, of which a file is gone or changed.
+
+    Returns their names.
 
     Also what the steps of the stages that made these have kept: one that is over would not be run again. Reads every
     byte that a manifest speaks of, a file at a time: for when a stage has failed and nobody knows why.
@@ -273,7 +290,7 @@ def withdraw_broken(storage: Storage) -> list[str]:
     found: list[str] = []
     stages: set[str | None] = set()
     steps: dict[str, str] = {}
-    for path in sorted(storage.files("")):
+    for path in sorted(f"{folder}/{path}".lstrip("/") for path in storage.files(folder)):
         name, _, file = path.rpartition("/")
         if file != MANIFEST:
             continue

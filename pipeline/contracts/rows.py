@@ -15,6 +15,7 @@ import os
 import sys
 import weakref
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
@@ -40,6 +41,7 @@ _DENSE = 0.2
 """Rows of a small page that are read, from which on all of the file may be."""
 _STREAMED = 0.1
 """From here on, if the page cache has them not: a random page costs ten times as much work and time as one in a row."""
+_SETTLED_AT_ONCE = 8
 _GONE = "{} is in the manifest but not there; run `pinsage inference --force`"
 _OTHER_SIZE = (
     "{} has {:,} bytes, expected {:,}: it was changed after its manifest was written; run `pinsage inference --force`"
@@ -57,6 +59,13 @@ def write_rows(storage: Storage, name: str, number: int, matrix: NDArray[Any], l
     file = rows_name(number)
     checksum = storage.write_bytes(f"{name}/{file}", data, lasting=False)
     return leave_receipt(storage, name, Shard(file, len(matrix), data.nbytes, checksum), lineage)
+
+
+def settle(storage: Storage, manifest: Manifest) -> None:
+    """Make what write_rows wrote safe from a crash of the machine: most of it is on the disk by the end of a stage."""
+    with ThreadPoolExecutor(_SETTLED_AT_ONCE) as pool:
+        for _ in pool.map(lambda shard: storage.settle(f"{manifest.dataset}/{shard.name}"), manifest.shards):
+            pass
 
 
 def describe_rows(dtype: str, width: int) -> dict[str, Any]:

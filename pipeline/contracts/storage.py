@@ -174,6 +174,17 @@ class Storage:
         self._store(f"write {full} ({len(data):,} bytes)", full, write)
         return checksum
 
+    def settle(self, path: str) -> None:
+        """Make an object that was written as not lasting safe from a crash of the machine."""
+        if self.is_local:
+            full = self.locate(path)
+
+            def flush() -> None:
+                with open(full, "rb") as file:
+                    os.fsync(file.fileno())
+
+            retry(f"settle {full}", flush)
+
     def write_if(self, path: str, expected: bytes | None, data: bytes) -> bool:
         """Write the whole object if expected (None: nothing) is what lies there; else do nothing, and say False.
 

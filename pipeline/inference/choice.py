@@ -9,6 +9,7 @@ from pipeline.contracts.config import Settings
 from pipeline.contracts.datasets import Lineage, open_manifest
 from pipeline.contracts.host import physical_memory
 from pipeline.contracts.storage import Storage
+from pipeline.inference import ways
 from pipeline.inference.network import Network
 from pipeline.inference.reducers import Gather, Reducer
 from pipeline.inference.shuffle import Shuffle
@@ -18,16 +19,20 @@ from pipeline.spark import say
 def make_reducer(
     spark: SparkContext, storage: Storage, settings: Settings, lineage: Lineage, network: Network
 ) -> Reducer:
-    """The reducer that the settings name, or the first that fits; says which, and why."""
-    if not network.num_layers:
+    """The reducer that the settings name, or the first that fits; says which, and why.
+
+    What an attempt by another left is gone then.
+    """
+    name, resources = "gather", settings.resources.inference
+    if network.num_layers:
+        name, reason = choose(settings, open_manifest(storage, schemas.ITEMS).num_rows)
+        say(f"inference: {name}, {reason}")
+    if name == "gather":
+        ways.go_on(storage, schemas.LAYERS.name, {"reducer": name, "keeps": resources.keep_layers})
         return Gather(storage, settings, lineage, network)
-    name, reason = choose(settings, open_manifest(storage, schemas.ITEMS).num_rows)
-    say(f"inference: {name}, {reason}")
-    return (
-        Gather(storage, settings, lineage, network)
-        if name == "gather"
-        else Shuffle(spark, storage, settings, lineage, network)
-    )
+    layout = {"cluster_rounds": resources.cluster_rounds, "hub_share": resources.hub_share}
+    ways.go_on(storage, schemas.LAYERS.name, {"reducer": name, "keeps": False, **layout})
+    return Shuffle(spark, storage, settings, lineage, network)
 
 
 def choose(settings: Settings, num_items: int) -> tuple[str, str]:

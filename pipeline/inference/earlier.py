@@ -59,6 +59,13 @@ class Earlier:
     embeddings: Manifest
     kept: dict[str, Kept]
 
+    def told(self) -> dict[str, Any]:
+        """Which run it is, and what it has: changes are changes of that."""
+        parts = [self.features, self.neighbours, self.embeddings]
+        for kept in self.kept.values():
+            parts += [part for part in (kept.base, kept.ids, kept.rows) if part is not None]
+        return {"earlier": self.storage.url, "contents": [part.content for part in parts]}
+
 
 def find_earlier(
     storage: Storage, settings: Settings, lineage: Lineage, network: Network

@@ -22,8 +22,8 @@ from pyspark import SparkContext
 
 from pipeline.contracts import schemas
 from pipeline.contracts.config import Settings
-from pipeline.contracts.datasets import Lineage, Manifest, arrow_to_vectors, begin, commit, open_manifest
-from pipeline.contracts.rows import describe_rows, read_own_rows
+from pipeline.contracts.datasets import Lineage, Manifest, arrow_to_vectors, begin, commit, find_manifest, open_manifest
+from pipeline.contracts.rows import describe_rows, read_own_rows, settle
 from pipeline.contracts.storage import Storage
 from pipeline.differences import find_changed
 from pipeline.inference.earlier import (
@@ -47,11 +47,11 @@ from pipeline.inference.publishing import Publisher
 from pipeline.inference.reducers import key_of, read_lists
 from pipeline.inference.sums import exponent_of, largest_of, packed, pooled, quantum, top_of, unpacked
 from pipeline.inference.vectors import as_stored
+from pipeline.inference.ways import AGAIN
 from pipeline.spark import Task, run_tasks
 from pipeline.steps import Made, Output, Report, run_step
 
 _LAYERS = schemas.LAYERS.name
-AGAIN = f"{_LAYERS}/again"
 _MOST = 4
 """One in so many items changed: from there on nearly all are reached, and a whole run costs less."""
 _TASK_SHARDS, _TASK_ROWS, _TASK_CHANGED, _CORE_TASKS = 8, 400_000, 4000, 4
@@ -272,6 +272,10 @@ class Incremental:
                 self._keep_whole(name)
             else:
                 self._keep_patch(name)
+            for made in parts_of(name):
+                manifest = find_manifest(self._storage, made)
+                if manifest is not None:
+                    settle(self._storage, manifest)
 
     def _patched(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.uint32]:
         """The items [start, stop) of whose rows some night since the base made newer ones, ascending."""

@@ -150,7 +150,10 @@ class Publisher:
 
     def _drift(self, start: int, keys: pa.ChunkedArray, vectors: Array, rows: pa.Table | None = None) -> Report | None:
         """Of the items that the earlier run numbers alike: how far they are from where they were."""
-        rows = self.former(start, start + len(keys)) if rows is None else rows
+        try:
+            rows = self.former(start, start + len(keys)) if rows is None else rows
+        except PipelineError:  # damaged there, which is no reason to have no embeddings tonight
+            return None
         if rows is None:
             return None
         then = as_single(arrow_to_vectors(rows["embedding"]))

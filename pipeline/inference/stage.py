@@ -25,13 +25,17 @@ from pipeline.contracts.config import Settings
 from pipeline.contracts.datasets import (
     Lineage,
     begin,
+    check_sources,
     find_manifest,
     finished_manifest,
     open_manifest,
     read_rows,
 )
-from pipeline.contracts.rows import describe_rows, read_own_rows
+from pipeline.contracts.errors import DataError, PipelineError
+from pipeline.contracts.rows import describe_rows, read_own_rows, settle
+from pipeline.contracts.schemas import how_to_build
 from pipeline.contracts.storage import Storage
+from pipeline.inference import ways
 from pipeline.inference.choice import make_reducer
 from pipeline.inference.earlier import (
     CONTENT,
@@ -41,19 +45,22 @@ from pipeline.inference.earlier import (
     as_kept,
     find_earlier,
     keeps_sums,
+    kept_names,
 )
 from pipeline.inference.halves import as_single
-from pipeline.inference.incremental import AGAIN, Incremental, TooDifferentError, find_changes
+from pipeline.inference.incremental import Incremental, TooDifferentError, find_changes
 from pipeline.inference.network import Array, Network, filled, in_blocks
 from pipeline.inference.reducers import Gather, Reducer, num_neighbours, read_lists
 from pipeline.inference.sums import exponent_of, packed, pooled, quantum, top_of
 from pipeline.inference.vectors import as_stored
+from pipeline.inference.ways import AGAIN
 from pipeline.spark import Task, say
 from pipeline.steps import Made, Output, Report, run_step
 
 
 def run(spark: SparkContext, storage: Storage, settings: Settings, lineage: Lineage, network: Network) -> None:
     """Embed every item of the catalogue; of an earlier run of the same model only what has changed since."""
+    _check_inputs(storage)
     begin(storage, schemas.EMBEDDINGS)
     if not _from_earlier(spark, storage, settings, lineage, network):
         _run_all(spark, storage, settings, lineage, network)
@@ -61,6 +68,19 @@ def run(spark: SparkContext, storage: Storage, settings: Settings, lineage: Line
         say("inference: once more, as what an earlier attempt had made is gone")
         storage.delete(schemas.LAYERS.name)
         _run_all(spark, storage, settings, lineage, network)
+
+
+def _check_inputs(storage: Storage) -> None:
+    """Raise DataError if content or neighbours are of other items than are there now."""
+    items = open_manifest(storage, schemas.ITEMS)
+    for dataset in (schemas.FEATURES, schemas.NEIGHBOURS):
+        check_sources(storage, dataset)
+        rows = open_manifest(storage, dataset).num_rows
+        if rows != items.num_rows:
+            raise DataError(
+                f"{storage.locate(dataset.name)} is of {rows:,} items, and {schemas.ITEMS.name} has "
+                f"{items.num_rows:,}; {how_to_build(dataset.name, 'again')}"
+            )
 
 
 def _from_earlier(
@@ -73,16 +93,17 @@ def _from_earlier(
         if reason or earlier is not None:
             say(f"inference: all items, as {reason or 'it is not known what changed of features and neighbours'}")
         return False
+    ways.go_on(storage, AGAIN, {"keeps": settings.resources.inference.keep_layers, **earlier.told()})
     try:
         Incremental(spark, storage, settings, lineage, network, earlier, changes).run()
-    except TooDifferentError as error:
+    except (TooDifferentError, PipelineError) as error:  # what the earlier run has kept may be damaged
         say(f"inference: all items, as {error}")
         storage.delete(AGAIN)
         return False
     remade = open_manifest(storage, schemas.EMBEDDINGS).metadata["remade"]
     told = ", ".join(f"{count:,} {name}" for name, count in remade.items())
     say(f"inference: from {earlier.storage.url}, made again: {told}")
-    storage.delete(AGAIN if settings.resources.inference.keep_layers else schemas.LAYERS.name)
+    ways.finish_again(storage, settings.resources.inference.keep_layers)
     return True
 
 
@@ -194,7 +215,7 @@ class Layers:
             outputs.insert(0, Output(_dataset(SUMS), raw=True, describe=_describe_sums))
         if not is_last:
             outputs = [self._raw(f"hidden-{layer + 1}", "hidden"), self._raw(f"projected-{layer + 2}", "projected")]
-        self._step(f"combine layer {layer + 1}", outputs, make)
+        self._step(f"combine layer {layer + 1}", outputs, make, self._settle if is_last and self.keeps else None)
         if not self.keeps:
             self.storage.delete(projected.dataset)
 
@@ -241,15 +262,23 @@ class Layers:
 
         return Output(_dataset(name), raw=True, describe=describe)
 
+    def _settle(self) -> None:
+        """What is kept is safe from a crash before the embeddings say that it is there."""
+        for name in kept_names(self.network):
+            settle(self.storage, open_manifest(self.storage, _dataset(name)))
+
     def _is_done(self, label: str) -> bool:
         """Whether a killed run finished the step: what it read may be gone."""
         return finished_manifest(self.storage, _step_name(label), self.lineage) is not None
 
     def _step(
-        self, label: str, outputs: Sequence[Output], make: Callable[[Task], tuple[Sequence[Made], Report]]
-    ) -> list[Report]:
-        name = _step_name(label)
-        return run_step(self.spark, self.storage, self.lineage, name, self.tasks, outputs, make, f"inference: {label}")
+        self, label: str, outputs: Sequence[Output], make: Callable[[Task], tuple[Sequence[Made], Report]],
+        before_last: Callable[[], None] | None = None,
+    ) -> list[Report]:  # fmt: skip
+        return run_step(
+            self.spark, self.storage, self.lineage, _step_name(label), self.tasks, outputs, make,
+            f"inference: {label}", before_last,
+        )  # fmt: skip
 
 
 def _standardised(network: Network, ids: NDArray[np.int64], features: Array) -> Callable[[slice], Array]:

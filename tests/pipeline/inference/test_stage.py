@@ -33,11 +33,13 @@ from pipeline.contracts.errors import DataError
 from pipeline.contracts.replica import Rows
 from pipeline.contracts.rows import describe_rows, write_rows
 from pipeline.contracts.storage import Storage
-from pipeline.inference import reducers, stage
+from pipeline.inference import reducers, stage, ways
 from pipeline.inference.network import filled
 from pipeline.inference.reducers import read_lists
+from pipeline.inference.shuffle import Edges
 from pipeline.inference.sums import add_rows, scaled
 from pipeline.inference.vectors import as_stored
+from pipeline.spark import run_tasks
 from tests.synthetic import shop_settings
 
 LINEAGE = Lineage("before", {}, {})
@@ -164,7 +166,8 @@ def embed(
             place = place.setdefault(folder, {})
         place[last] = value
     settings = parse_settings(tree)
-    stage.run(spark, storage, settings, Lineage("inference", {"overrides": overrides}, {}), network)
+    told = {"rows_per_shard": rows_per_shard, "task": [given for given in overrides if given.startswith("task.")]}
+    stage.run(spark, storage, settings, Lineage("inference", told, {}), network)
     manifest = open_manifest(storage, schemas.EMBEDDINGS)
     stored = read_table(storage, manifest)
     assert storage.names(schemas.LAYERS.name) == []
@@ -291,6 +294,115 @@ def test_broken_off_it_goes_on_to_the_same_bytes(
     found, _, _ = embed(spark, storage, network, 8, *overrides)
     np.testing.assert_array_equal(found, expected)
     assert not left
+
+
+@pytest.mark.parametrize(
+    ("first", "broken_off_at", "then"),
+    [
+        (SHUFFLE, "partial sums 1", (GATHER,)),
+        ((GATHER,), "combine layer 1", SHUFFLE),
+        ((GATHER,), "combine layer 2", BY_ID),
+        (SHUFFLE, "combine layer 1", BY_ID),
+        (BY_ID, "combine layer 2", NO_HUBS),
+    ],
+)
+def test_what_an_attempt_by_another_way_left_is_not_gone_on_from(
+    spark: SparkContext, storage: Storage, monkeypatch: pytest.MonkeyPatch, first: tuple[str, ...],
+    broken_off_at: str, then: tuple[str, ...],
+) -> None:  # fmt: skip
+    """Its shards have other items, which nothing else tells: they are as long, and the stage's lineage is the same."""
+    store_inputs(storage)
+    expected, _, _ = embed(spark, storage, PlainNetwork(2), 4, GATHER)
+    storage.delete(schemas.EMBEDDINGS.name)
+
+    class BrokenOffError(Exception):
+        pass
+
+    def breaking(session: SparkContext, tasks: Any, work: Any, label: str) -> Any:
+        if label == f"inference: {broken_off_at}":
+            raise BrokenOffError
+        return run_tasks(session, tasks, work, label)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "run_tasks", breaking)
+        with pytest.raises(BrokenOffError):
+            embed(spark, storage, PlainNetwork(2), 4, *first)
+    assert storage.names(schemas.LAYERS.name)
+    np.testing.assert_array_equal(embed(spark, storage, PlainNetwork(2), 4, *then)[0], expected)
+
+
+@pytest.mark.parametrize("is_another_start", [True, False])
+def test_after_a_crash_of_the_machine_what_lies_there_is_compared(
+    spark: SparkContext, storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_another_start: bool
+) -> None:
+    """A layer's file has its size, and zeros in it that were never written; without a crash it is what it was."""
+    store_inputs(storage)
+    expected, _, _ = embed(spark, storage, PlainNetwork(2), 8, GATHER)
+    storage.delete(schemas.EMBEDDINGS.name)
+    boot, labels = tmp_path / "boot_id", []
+    boot.write_text("one\n")
+    monkeypatch.setattr(ways, "_BOOT", boot)
+
+    def watching(session: SparkContext, tasks: Any, work: Any, label: str) -> Any:
+        labels.append(label)
+        if label == "inference: combine layer 2" and labels.count(label) == 1:
+            raise KeyboardInterrupt
+        return run_tasks(session, tasks, work, label)
+
+    monkeypatch.setattr(steps, "run_tasks", watching)
+    with pytest.raises(KeyboardInterrupt):
+        embed(spark, storage, PlainNetwork(2), 8, GATHER)
+    if is_another_start:
+        boot.write_text("two\n")
+        lost = Path(storage.locate(f"{schemas.LAYERS.name}/projected-2/part-00001.rows"))
+        lost.write_bytes(bytes(lost.stat().st_size))
+    np.testing.assert_array_equal(embed(spark, storage, PlainNetwork(2), 8, GATHER)[0], expected)
+    assert (labels.count("inference: combine layer 1") == 2) == is_another_start
+
+
+def test_layers_that_a_kill_left_beside_finished_embeddings_are_swept_unless_they_are_kept(storage: Storage) -> None:
+    for keeps in (False, True):
+        ways.go_on(storage, schemas.LAYERS.name, {"reducer": "gather", "keeps": keeps})
+        for name in ("projected-1", "again/projected-1-rows"):
+            write_rows(storage, f"{schemas.LAYERS.name}/{name}", 0, np.zeros((2, 2), np.float32), LINEAGE)
+        ways.sweep(storage)
+        assert storage.names(schemas.LAYERS.name) == (["projected-1", "way.json"] if keeps else [])
+
+
+def test_content_and_neighbours_of_other_items_are_refused(spark: SparkContext, storage: Storage) -> None:
+    store_inputs(storage)
+    items = open_manifest(storage, schemas.ITEMS)
+    commit(storage, schemas.ITEMS, items.shards[:2], LINEAGE)
+    with pytest.raises(DataError, match=r"features is of 23 items, and items has 15; run `pinsage features --force`"):
+        embed(spark, storage, PlainNetwork(2), 8, GATHER)
+    commit(storage, schemas.ITEMS, items.shards, LINEAGE, {"changed": True})
+    features = open_manifest(storage, schemas.FEATURES)
+    made_of = Lineage("features", {}, {schemas.ITEMS.name: items.content})
+    commit(storage, schemas.FEATURES, features.shards, made_of)
+    with pytest.raises(DataError, match=r"features was made of another items than .*; run `pinsage features` to build"):
+        embed(spark, storage, PlainNetwork(2), 8, GATHER)
+    assert find_manifest(storage, schemas.EMBEDDINGS) is None
+
+
+def test_more_hubs_than_are_allowed_are_none_however_many_lists_they_are_in(
+    spark: SparkContext, storage: Storage
+) -> None:
+    """References are told apart up to a number, beyond which two items are alike."""
+    count = 4200
+    indptr, ids = np.arange(0, 2 * count + 1, 2), np.tile(np.array([0, 1], np.uint32), count)
+    columns = [
+        pa.array(np.arange(count), pa.uint32()),
+        lists_to_arrow(indptr, ids),
+        lists_to_arrow(indptr, np.full(2 * count, 0.5, np.float32)),
+    ]
+    table = pa.table(columns, names=[column.name for column in schemas.NEIGHBOURS.columns or ()])
+    shard = write_shard(storage, schemas.NEIGHBOURS, 0, table, LINEAGE)
+    commit(storage, schemas.NEIGHBOURS, [shard], LINEAGE, {"num_neighbours": 2})
+    tree = shop_settings(Path("data"), Path(storage.url))
+    for share, expected in ((0.0, 0), (1 / count, 0), (2 / count, 2)):
+        tree["resources"]["inference"] = {"cluster_rounds": 0, "hub_share": share}
+        edges = Edges(spark, storage, parse_settings(tree), PlainNetwork(2), 1)
+        assert edges.hubs.num_rows == expected
 
 
 def test_edges_are_worked_out_once_for_many_models(
