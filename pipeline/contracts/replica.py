@@ -4,7 +4,8 @@ A walk step or a feature lookup is then a memory access. A copy is made once per
 lock, from shards checked against the manifest; its folder is named by the manifest's content hash, so it can never be
 stale. One that was broken off goes on at the next shard. A finished copy carries its checksums: they are compared again
 whenever a file's size or time of change is not what it was, and a copy that differs is made anew. Making one removes
-those that nobody used for two weeks. Disk: the raw arrays, asked for before copying. Memory: one shard while copying.
+those that nobody used for two weeks, of what passes between steps for some hours, and, where room is short, those that
+were not used for longest. Disk: the raw arrays, asked for before copying. Memory: one shard while copying.
 """
 
 from __future__ import annotations
@@ -35,6 +36,11 @@ _OWNER_DIGITS, _DIGITS = 12, 24  # of the hashes of the run's URL and of the con
 _HEADER_BYTES = 128
 _KEPT_SECONDS = 14 * 24 * 3600
 """Long enough for a weekly run to find its copies; a cache that nobody clears would fill the disk."""
+_PASSING_SECONDS = 6 * 3600
+"""Copies of what passes between a stage's steps: longer than one lasts, and shorter than from night to night."""
+_IN_USE_SECONDS = 3600
+"""Copies that were used so lately do not make room for others."""
+_PASSING, _STAYING = "rows", "base"
 
 
 def default_cache() -> Path:
@@ -59,10 +65,12 @@ def default_cache() -> Path:
 
 
 def forget(storage: Storage, dataset: str, cache: str | None) -> None:
-    """Remove this host's copies of a dataset that is no more; copies on other hosts go when they are too old."""
+    """Remove this host's copies of a dataset, or a folder of some, that is no more; those on other hosts grow old."""
     owner = hashlib.sha256(storage.url.encode()).hexdigest()[:_OWNER_DIGITS]
     root = default_cache() if cache is None else Path(cache)
-    shutil.rmtree(root / owner / dataset.replace("/", "-"), ignore_errors=True)
+    name = dataset.replace("/", "-")
+    for home in (root / owner / name, *(root / owner).glob(f"{name}-*")):
+        shutil.rmtree(home, ignore_errors=True)
 
 
 def map_values(storage: Storage, manifest: Manifest, column: str, cache: str | None) -> NDArray[Any]:
@@ -85,15 +93,17 @@ def map_lists(
     return _open(folder, "indptr"), _open(folder, "values")
 
 
-def map_rows(storage: Storage, manifest: Manifest, cache: str | None, dense: bool = True) -> Table:
+def map_rows(storage: Storage, manifest: Manifest, cache: str | None, dense: bool = True, stays: bool = False) -> Table:
     """A dataset of raw rows as one read-only table: where it lies, if that is a disk of this machine, else a copy.
 
-    dense: whether most of its pages will be read.
+    dense: whether most of its pages will be read. stays: whether later runs will have the same files under another URL:
+    they find this copy then.
     """
     in_place = map_in_place(storage, manifest, dense)
     if in_place is not None:
         return in_place
-    return whole_table(manifest, _open(_replicate(storage, manifest, "rows", cache, "rows"), "values"))
+    column = _STAYING if stays else _PASSING
+    return whole_table(manifest, _open(_replicate(storage, manifest, column, cache, "rows"), "values"))
 
 
 @dataclass(frozen=True)
@@ -104,17 +114,20 @@ class Rows:
     content: str
     cache: str | None
     dense: bool
+    stays: bool
     storage: Storage = field(compare=False)
     manifest: Manifest = field(compare=False)
 
     @classmethod
-    def of(cls, storage: Storage, manifest: Manifest, cache: str | None, dense: bool = True) -> Rows:
+    def of(
+        cls, storage: Storage, manifest: Manifest, cache: str | None, dense: bool = True, stays: bool = False
+    ) -> Rows:
         """Of a dataset of raw rows."""
-        return cls(storage.locate(manifest.dataset), manifest.content, cache, dense, storage, manifest)
+        return cls(storage.locate(manifest.dataset), manifest.content, cache, dense, stays, storage, manifest)
 
     def map(self) -> Table:
         """As map_rows."""
-        return map_rows(self.storage, self.manifest, self.cache, self.dense)
+        return map_rows(self.storage, self.manifest, self.cache, self.dense, self.stays)
 
 
 def padded(
@@ -136,10 +149,15 @@ def _open(folder: Path, name: str) -> NDArray[Any]:
 
 
 def _replicate(storage: Storage, manifest: Manifest, column: str, cache: str | None, kind: str) -> Path:
-    owner = hashlib.sha256(storage.url.encode()).hexdigest()[:_OWNER_DIGITS]
+    url, content = storage.url, manifest.content
+    if column == _STAYING:
+        kind_of_rows = f"{manifest.metadata['dtype']} {manifest.metadata['width']}"
+        files = " ".join(shard.sha256 for shard in manifest.shards)
+        url = content = hashlib.sha256(f"{kind_of_rows} {files}".encode()).hexdigest()
+    owner = hashlib.sha256(url.encode()).hexdigest()[:_OWNER_DIGITS]
     root = default_cache() if cache is None else Path(cache)
     home = root / owner / manifest.dataset.replace("/", "-")
-    folder = home / f"{manifest.content[:_DIGITS]}-{column}"
+    folder = home / f"{content[:_DIGITS]}-{column}"
     done = folder / "done.json"
     if _is_unchanged(folder):
         with suppress(OSError):  # of a copy that is not ours to mark: another user's, or on a read-only disk
@@ -195,13 +213,16 @@ def _stat(path: Path) -> list[int]:
     return [found.st_size, found.st_mtime_ns]
 
 
-def _checksum(path: Path) -> int:
-    """CRC-32 of what follows the header."""
-    crc = 0
+def _checksum(path: Path, size: int | None = None) -> int:
+    """CRC-32 of what follows the header, or of so many bytes of it. Raises ValueError if there are fewer."""
+    crc, left = 0, size
     with open(path, "rb") as file:
         file.seek(_HEADER_BYTES)
-        while block := file.read(1 << 24):
+        while block := file.read(1 << 24 if left is None else min(left, 1 << 24)):
             crc = zlib.crc32(block, crc)
+            left = None if left is None else left - len(block)
+    if left:
+        raise ValueError(f"{path} is {left:,} bytes too short")
     return crc
 
 
@@ -214,10 +235,15 @@ def _write_note(path: Path, tree: object) -> None:
 def _remove_unused(root: Path) -> None:
     """Remove the copies, of any run, that were last used long ago; who still has one open keeps reading it."""
     for folder in root.glob(f"{'?' * _OWNER_DIGITS}/*/{'?' * _DIGITS}-*/"):
-        done = folder / "done.json"
+        kept = _PASSING_SECONDS if folder.name.endswith(f"-{_PASSING}") else _KEPT_SECONDS
         with suppress(FileNotFoundError):  # another process removes it too
-            if (done if done.exists() else folder).stat().st_mtime < time.time() - _KEPT_SECONDS:
+            if _last_used(folder) < time.time() - kept:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _last_used(folder: Path) -> float:
+    done = folder / "done.json"
+    return (done if done.exists() else folder).stat().st_mtime
 
 
 def _copy(storage: Storage, manifest: Manifest, column: str, folder: Path, kind: str) -> None:
@@ -226,6 +252,9 @@ def _copy(storage: Storage, manifest: Manifest, column: str, folder: Path, kind:
     progress = folder / "progress.json"
     try:
         state = json.loads(progress.read_text())
+        for name, note in state["files"].items():  # after a crash of the machine less may be there than was noted
+            if _checksum(folder / f"{name}.npy", note["count"] * np.dtype(note["dtype"]).itemsize) != note["crc"]:
+                raise ValueError(f"{folder / name} is not as it was written")
         files = {name: _Growing(folder / f"{name}.npy", **note) for name, note in state["files"].items()}
         first = int(state["shards"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -296,6 +325,10 @@ class _Growing:
 
 
 def _check_room(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed + (1 << 20):
-        raise OSError(f"about {needed:,} more bytes are needed and {free:,} are free")
+    """Raise OSError if so many bytes do not fit, even if other copies, those not used for longest first, make room."""
+    others = folder.parents[2].glob(f"{'?' * _OWNER_DIGITS}/*/{'?' * _DIGITS}-*/")
+    aged = sorted((_last_used(other), other) for other in others if other != folder and (other / "done.json").exists())
+    while (free := shutil.disk_usage(folder).free) < needed + (1 << 20):
+        if not aged or aged[0][0] > time.time() - _IN_USE_SECONDS:
+            raise OSError(f"about {needed:,} more bytes are needed and {free:,} are free")
+        shutil.rmtree(aged.pop(0)[1], ignore_errors=True)

@@ -192,7 +192,7 @@ class Overlay:
         num_items is of tonight; share of the earlier rows will be read.
         """
         kept = earlier.kept[name]
-        old = _map_once(Rows.of(earlier.storage, kept.base, cache, is_dense(kept.base, share)))
+        old = _map_once(Rows.of(earlier.storage, kept.base, cache, is_dense(kept.base, share), stays=True))
         patches = [] if newer is None else [Patch.open(*newer, num_items, cache)]
         if kept.ids is not None and kept.rows is not None:
             patches.append(Patch.open(earlier.storage, kept.ids, kept.rows, num_items, cache))

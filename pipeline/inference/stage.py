@@ -32,6 +32,7 @@ from pipeline.contracts.datasets import (
     read_rows,
 )
 from pipeline.contracts.errors import DataError, PipelineError
+from pipeline.contracts.replica import forget
 from pipeline.contracts.rows import describe_rows, read_own_rows, settle
 from pipeline.contracts.schemas import how_to_build
 from pipeline.contracts.storage import Storage
@@ -104,6 +105,7 @@ def _from_earlier(
     told = ", ".join(f"{count:,} {name}" for name, count in remade.items())
     say(f"inference: from {earlier.storage.url}, made again: {told}")
     ways.finish_again(storage, settings.resources.inference.keep_layers)
+    forget(storage, schemas.LAYERS.name, settings.resources.cache)
     return True
 
 
@@ -122,6 +124,7 @@ def _run_all(spark: SparkContext, storage: Storage, settings: Settings, lineage:
     reducer.finish()
     if not keeps:
         storage.delete(schemas.LAYERS.name)
+    forget(storage, schemas.LAYERS.name, settings.resources.cache)
 
 
 class Layers:
@@ -131,7 +134,7 @@ class Layers:
         self, spark: SparkContext, storage: Storage, settings: Settings, lineage: Lineage, network: Network,
         reducer: Reducer, keeps: bool = False,
     ) -> None:  # fmt: skip
-        self.keeps = keeps
+        self.keeps, self.cache = keeps, settings.resources.cache
         self.spark, self.storage, self.lineage, self.network, self.reducer = spark, storage, lineage, network, reducer
         self.layer_dtype, self.dtype = settings.task.inference.layer_dtype, settings.task.inference.dtype
         self.tasks = [{"shard": shard} for shard in range(reducer.num_shards)]
@@ -218,6 +221,7 @@ class Layers:
         self._step(f"combine layer {layer + 1}", outputs, make, self._settle if is_last and self.keeps else None)
         if not self.keeps:
             self.storage.delete(projected.dataset)
+            forget(self.storage, projected.dataset, self.cache)
 
     def embed(self) -> None:
         """Map: the head alone, for a network without layers."""

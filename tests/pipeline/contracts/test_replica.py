@@ -8,6 +8,7 @@ import shutil
 import stat
 import tempfile
 import time
+import uuid
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ from pipeline.contracts.datasets import (
     write_shard,
 )
 from pipeline.contracts.errors import DataError, StorageError
-from pipeline.contracts.replica import map_lists, map_values, map_vectors, padded
+from pipeline.contracts.replica import map_lists, map_rows, map_values, map_vectors, padded
+from pipeline.contracts.rows import describe_rows, write_rows
 from pipeline.contracts.storage import Storage
 
 LINEAGE = Lineage("test", {}, {})
@@ -167,6 +169,30 @@ def test_a_copy_that_was_killed_goes_on_at_the_next_shard(
     assert {path.name for path in folder.iterdir()} == {"values.npy", "indptr.npy", "done.json"}
 
 
+@pytest.mark.parametrize("damage", ["cut", "zeros"])
+def test_of_a_copy_that_a_crash_of_the_machine_broke_off_nothing_is_taken_that_was_not_written(
+    storage: Storage, cache: str, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    """What was noted as written may not have been on the disk."""
+    manifest = store(storage)
+
+    def broken(storage: Storage, manifest: Manifest, number: int, columns: Any = None) -> Any:
+        if number == 1:
+            raise KeyboardInterrupt
+        return read_shard(storage, manifest, number, columns)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(replica, "read_shard", broken)
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        with pytest.raises(KeyboardInterrupt):
+            map_values(storage, manifest, "degree", cache)
+    [folder] = folders(cache, "degree")
+    size = (folder / "values.npy").stat().st_size
+    (folder / "values.npy").write_bytes(bytes(size if damage == "zeros" else size - 9))
+    for _ in range(2):
+        assert map_values(storage, manifest, "degree", cache).tolist() == list(range(7))
+
+
 @pytest.mark.parametrize("name", ["values", "indptr"])
 def test_a_copy_that_was_changed_is_made_again(storage: Storage, cache: str, name: str) -> None:
     manifest = store(storage)
@@ -284,6 +310,61 @@ def test_copies_that_nobody_used_for_two_weeks_go_when_a_new_one_is_made(tmp_pat
     new = Storage(str(tmp_path / "new"))
     map_values(new, store(new), "degree", cache)
     assert [folder.exists() for folder in (*copies, mine)] == [False, True, True, False, True]
+
+
+def rows_of_night(night: int, matrix: NDArray[Any]) -> tuple[Storage, Manifest]:
+    """The same raw rows in a run of its own, which is on no disk of this machine."""
+    storage = Storage(f"memory://{uuid.uuid4()}/night-{night}")
+    shards = [write_rows(storage, "layers/hidden", 0, matrix, LINEAGE)]
+    return storage, commit(storage, "layers/hidden", shards, LINEAGE, {**describe_rows("float32", 2), "night": night})
+
+
+def test_what_stays_from_night_to_night_is_copied_once(cache: str) -> None:
+    matrix = np.arange(6, dtype=np.float32).reshape(3, 2)
+    for night in range(3):
+        np.testing.assert_array_equal(map_rows(*rows_of_night(night, matrix), cache, stays=True).rows, matrix)
+    assert len(folders(cache, "base")) == 1
+    np.testing.assert_array_equal(map_rows(*rows_of_night(4, matrix + 1), cache, stays=True).rows, matrix + 1)
+    assert len(folders(cache, "base")) == 2
+
+
+def test_what_passes_between_steps_is_let_go_of_after_some_hours(cache: str) -> None:
+    matrix = np.arange(6, dtype=np.float32).reshape(3, 2)
+    map_rows(*rows_of_night(0, matrix), cache)
+    [first] = folders(cache, "rows")
+    age(first / "done.json", 0.3)
+    storage, manifest = rows_of_night(1, matrix)
+    map_rows(storage, manifest, cache)
+    [second] = folders(cache, "rows")
+    assert first != second
+    replica.forget(storage, "layers", cache)
+    assert not folders(cache, "rows")
+
+
+def test_copies_that_were_not_used_for_longest_make_room(
+    tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [Storage(str(tmp_path / str(hours))) for hours in (3, 5, 4, 0)]
+    copies: list[Path] = []
+    for run in runs:
+        map_values(run, store(run), "degree", cache)
+        copies += [folder for folder in folders(cache, "degree") if folder not in copies]
+    for copy, run in zip(copies, runs, strict=True):
+        age(copy / "done.json", int(Path(run.url).name) / 24)
+    enough = 2
+
+    def usage(path: Path) -> Usage:
+        return Usage(1 << 40, 0, 1 << 30 if sum(not copy.exists() for copy in copies) >= enough else 1000)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    new = Storage(str(tmp_path / "new"))
+    map_values(new, store(new), "degree", cache)
+    assert [copy.exists() for copy in copies] == [True, False, False, True]
+    enough = 4
+    other = Storage(str(tmp_path / "other"))
+    with pytest.raises(StorageError, match="1,000 are free"):
+        map_values(other, store(other), "degree", cache)
+    assert copies[3].exists(), "it was used a moment ago"
 
 
 @pytest.fixture
