@@ -163,8 +163,8 @@ class Patch:
     @classmethod
     def open(cls, storage: Storage, ids: Manifest, rows: Manifest, num_items: int, cache: str | None) -> Patch:
         """Map it; num_items is of tonight."""
-        own = all_ids(storage, ids)
-        return cls(own, Members.of(own, num_items), _map_once(Rows.of(storage, rows, cache)))
+        members = _members(storage.url, ids.dataset, ids.content, num_items)
+        return cls(all_ids(storage, ids), members, _map_once(Rows.of(storage, rows, cache)))
 
     def find(
         self, ids: NDArray[np.integer], weights: NDArray[np.float32] | None = None
@@ -292,6 +292,11 @@ def _map_once(rows: Rows) -> Table:
 def all_ids(storage: Storage, ids: Manifest) -> NDArray[np.uint32]:
     """The ids of what was made again, ascending."""
     return _all_ids(storage.url, ids.dataset, ids.content)
+
+
+@lru_cache(maxsize=16)
+def _members(url: str, dataset: str, content: str, num_items: int) -> Members:
+    return Members.of(_all_ids(url, dataset, content), num_items)
 
 
 @lru_cache(maxsize=16)

@@ -5,8 +5,8 @@ layers, content and lists, as raw rows that are mapped, so that of what did not 
 its neighbours. An item's first message is made again if its content changed; its next vector if its list changed, or
 it, or one of its list, has a message made again; and so on. Sums are exact and blocks of one size (`sums.py`,
 `network.py`), so a vector does not depend on which others are made beside it. Memory per task: one shard's embeddings,
-or its rows of what was kept, what is read and made again of its items, 2 to 7 KB of each, and a bit an item of the
-catalogue.
+or its rows of what was kept, what is read and made again of its items, 2 to 7 KB of each; and of the process the ids
+that were made again of each layer, with 1.5 bits an item of the catalogue for each: a few sets, kept for its next task.
 """
 
 from __future__ import annotations
