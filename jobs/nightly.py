@@ -35,8 +35,8 @@ from jobs.stage import (
     spark_session,
 )
 from pipeline.contracts import schemas
-from pipeline.contracts.config import Settings, load_settings
-from pipeline.contracts.datasets import find_manifest, read_file, withdraw_broken
+from pipeline.contracts.config import Settings, load_settings, select
+from pipeline.contracts.datasets import Lineage, find_manifest, open_manifest, read_file, withdraw_broken
 from pipeline.contracts.errors import DataError, PipelineError, ResourceError
 from pipeline.contracts.storage import Storage
 from pipeline.inference.ways import let_go
@@ -130,7 +130,8 @@ class Steps:
 
     def begin(self) -> Night | None:
         """Decide, or take the decision of the interrupted night; None if the night has ended with the same data."""
-        live = self.catalogue.pointer()[1].release
+        pointer = self.catalogue.pointer()[1]
+        live = pointer.release
         names = night.attempts(self.site, self.name)
         last = night.read(self.site, names[-1]) if names else None
         ended = summary.read(self.site, self.name)
@@ -138,12 +139,13 @@ class Steps:
         if last is not None and live == last.run and not has_ended:
             return last  # published, and killed before it could say so
         before = None if live is None else night.read(self.site, live)
-        run = night.next_attempt(names, self.name) if not names or has_ended else names[-1]
+        is_over = not names or has_ended or names[-1] in pointer.released  # published, and rolled back by hand
+        run = night.next_attempt(names, self.name) if is_over else names[-1]
         tonight = night.decide(self.settings, self.name, run, live, before, night.snapshot(self.settings))
         if last is not None and last.fingerprint == tonight.fingerprint:
             if has_ended:
                 return None
-            if last.previous == tonight.previous:
+            if (last.previous, last.run) == (tonight.previous, run):
                 tonight = last
         night.write(self.site, tonight, night.settings_of(tonight, self.settings, self.site.url))
         told = {"scratch": "trained from random weights", "warm": "trained further", "reuse": "kept"}
@@ -197,7 +199,8 @@ class Steps:
             raise
 
     def _stages_and_finish(self, tonight: Night, settings: Settings, forced: Force | None) -> int:
-        run_stages(schemas.STAGES, settings)
+        if self.catalogue.pointer()[1].release != tonight.run:  # else published, and killed before it could say so
+            run_stages(schemas.STAGES, settings)
         return self.finish(tonight, forced)
 
     def _mended(self, settings: Settings, work: Callable[[], int]) -> int:
@@ -223,6 +226,7 @@ class Steps:
         if live == tonight.run:  # a kill between publishing and telling
             verdict = _verdict(run)
         else:
+            _check_begun(run, settings)
             verdict = self._judge(run, settings, live, forced)
             print_verdict(verdict)
         blocked = [f"{check['name']}: {check['reason']}" for check in verdict["checks"] if check["verdict"] == "block"]
@@ -301,6 +305,39 @@ def _verdict(run: Storage) -> dict[str, Any]:
         raise DataError(f"{run.url} is live, and its gate has no verdict; was it published by hand?")
     verdict: dict[str, Any] = json.loads(read_file(run, manifest, "verdict.json"))
     return verdict
+
+
+def _check_begun(run: Storage, settings: Settings) -> None:
+    """Raise DataError if events or model were made before the night was begun again, with other files or another plan.
+
+    What a release has read must be what the night says of it: the next one reads only what came since. A file that was
+    written again meanwhile is one that the next night will see.
+    """
+    data, training = settings.task.data, settings.task.training
+    for stage, dataset in ((schemas.INGEST, schemas.INTERACTIONS), (schemas.TRAIN, schemas.MODEL)):
+        made = open_manifest(run, dataset).lineage
+        wanted = json.loads(json.dumps(select(settings, stage.settings)))
+        other = [
+            name for name, value in wanted.items() if name.startswith("task.") and made.settings.get(name) != value
+        ]
+        if dataset is schemas.MODEL:
+            other += _other_content(made, "previous model", training.previous, schemas.MODEL)
+        else:
+            files = sum(name.startswith("interactions path ") for name in made.inputs)
+            other += [] if files == len(data.interactions.paths) else ["files of task.data.interactions.paths"]
+            append = data.previous if data.append else None
+            other += _other_content(made, "previous interactions", append, schemas.INTERACTIONS)
+        if other:
+            raise DataError(
+                f"{run.locate(dataset.name)} was made with other {', '.join(other)} than the night was begun with; run "
+                "the stages again, with the settings that `pinsage nightly begin` has written"
+            )
+
+
+def _other_content(made: Lineage, name: str, url: str | None, dataset: schemas.Dataset) -> list[str]:
+    """The name, if what was made goes on from another content than a run's dataset has."""
+    content = None if url is None else open_manifest(Storage(url), dataset).content
+    return [] if made.inputs.get(name) == content else [name]
 
 
 def _is_final(ended: Mapping[str, Any]) -> bool:

@@ -205,6 +205,38 @@ def test_what_stops_or_damages_a_night_costs_it_nothing(site: Site, monkeypatch:
     assert site.live() == NIGHTS[1]
 
 
+def test_a_night_that_was_killed_after_publishing_leaves_its_release_as_it_is(site: Site) -> None:
+    """Whatever came since; and one that was rolled back since is made under another name."""
+    (site.site / "nights" / f"{NIGHTS[0]}.json").unlink()
+    items = site.folder / "items.parquet"
+    pq.write_table(pq.read_table(items).slice(1), items)
+    before = open_manifest(site.of(NIGHTS[0]), schemas.EMBEDDINGS).content
+    outcome = site.night(NIGHTS[0])
+    assert (outcome.exit_code, site.live()) == (0, NIGHTS[0]), outcome.text
+    assert open_manifest(site.of(NIGHTS[0]), schemas.EMBEDDINGS).content == before
+    assert site.told(NIGHTS[0])["status"] == "published"
+    site.deliver(NIGHTS[1])
+    assert site.night(NIGHTS[1]).exit_code == 0
+    (site.site / "nights" / f"{NIGHTS[1]}.json").unlink()
+    assert site.pinsage("rollback").exit_code == 0
+    outcome = site.night(NIGHTS[1])
+    assert outcome.exit_code == 0, outcome.text
+    assert site.live() not in (None, *NIGHTS)
+
+
+def test_a_night_that_was_begun_again_publishes_nothing_that_was_made_before(site: Site) -> None:
+    """Else the next night would take for read what is not in the release."""
+    site.deliver(NIGHTS[1])
+    url = site.pinsage("nightly", "begin", "--night", NIGHTS[1]).text.strip().splitlines()[-1]
+    for stage in schemas.STAGES:
+        assert Steps(Path(url)).pinsage(stage.name).exit_code == 0
+    site.deliver(NIGHTS[2])
+    assert "2 new files are read" in site.pinsage("nightly", "begin", "--night", NIGHTS[1]).text
+    outcome = site.pinsage("nightly", "finish", "--night", NIGHTS[1])
+    assert (outcome.exit_code, site.live()) == (1, NIGHTS[0])
+    assert "was made with other files of task.data.interactions.paths than the night was begun with" in outcome.text
+
+
 def test_a_scheduler_may_take_the_steps(site: Site) -> None:
     """begin, the stages' own jobs, finish; a step out of order says which comes first."""
     site.deliver(NIGHTS[1])
