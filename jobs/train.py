@@ -18,7 +18,7 @@ import time
 from model.lifetime import choose_allocator, die_with_parent, give_up, is_given_up
 from pipeline.contracts import schemas
 from pipeline.contracts.config import load_settings
-from pipeline.contracts.datasets import is_up_to_date
+from pipeline.contracts.datasets import check_sources, is_up_to_date
 from pipeline.contracts.errors import PipelineError
 from pipeline.contracts.interrupts import interrupts_first
 from pipeline.contracts.safety import Redacting
@@ -88,6 +88,8 @@ def run(source: str, overrides: list[str], force: bool) -> None:
         if is_first:
             adopt(storage, settings, lineage)
         return
+    for dataset in schemas.TRAIN.reads:
+        check_sources(storage, dataset)
     with distributed.start(settings.resources.training) as group:
         if force and group.is_first:
             storage.delete(schemas.TRAINING)

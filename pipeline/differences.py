@@ -33,7 +33,7 @@ from pipeline.contracts.datasets import (
     write_shard,
 )
 from pipeline.contracts.errors import PipelineError
-from pipeline.contracts.rows import describe_rows, read_range, write_rows
+from pipeline.contracts.rows import describe_rows, read_range, settle, write_rows
 from pipeline.contracts.schemas import Dataset
 from pipeline.contracts.storage import Storage
 from pipeline.digests import digest_lists, digest_rows
@@ -69,8 +69,12 @@ class Digests:
 class Noting:
     """What a stage notes of the shards of consecutive rows that it makes; goes along to tasks."""
 
-    def __init__(self, storage: Storage, dataset: Dataset, lineage: Lineage, previous: str | None) -> None:
+    def __init__(
+        self, storage: Storage, dataset: Dataset, lineage: Lineage, previous: str | None, attempt: Lineage | None = None
+    ) -> None:
+        """Of a dataset of that lineage, whose finished shards are those of the attempt's: None for the same."""
         self._storage, self._dataset, self._lineage = storage, dataset, lineage
+        self._attempt = attempt or lineage
         self._earlier = None if previous is None else Digests.find(Storage(previous), dataset)
 
     def begin(self) -> None:
@@ -84,19 +88,20 @@ class Noting:
     ) -> Manifest:  # fmt: skip
         """Make the dataset of what make returns for every shard's number, but those that an interrupted attempt has."""
         self.begin()
-        storage, dataset, lineage = self._storage, self._dataset, self._lineage
+        storage, dataset, attempt = self._storage, self._dataset, self._attempt
 
         def work(task: Task) -> Task:
-            finished = finished_file(storage, dataset, task["shard"], lineage)
+            finished = finished_file(storage, dataset, task["shard"], attempt)
             if finished is None:
                 table = make(task["shard"])
-                shard = write_shard(storage, dataset, task["shard"], table, lineage)
+                shard = write_shard(storage, dataset, task["shard"], table, attempt)
             else:
                 shard, table = finished[0], decode_table(finished[1])
             return {"shard": asdict(shard), "noted": self.note(task["shard"], table)}
 
         results = run_tasks(spark, [{"shard": number} for number in range(num_shards)], work, label)
-        whole = commit(storage, dataset, (Shard(**result["shard"]) for result in results), lineage, metadata)
+        shards = (Shard(**result["shard"]) for result in results)
+        whole = commit(storage, dataset, shards, self._lineage, metadata)
         self.commit(whole, [result["noted"] for result in results])
         return whole
 
@@ -107,7 +112,10 @@ class Noting:
         found: dict[str, Any] = {"digests": asdict(stored)}
         if self._earlier is not None and table.num_rows:
             start = table.column("id")[0].as_py()
-            changed = differing(digests, self._earlier, start)
+            try:
+                changed = differing(digests, self._earlier, start)
+            except PipelineError:  # the earlier run's are damaged: tonight is not made from it then
+                return found
             found["first"] = start
             if len(changed) <= MOST * table.num_rows:
                 rows = write_shard(self._storage, _rows(self._dataset), number, table.take(changed), self._lineage)
@@ -116,7 +124,8 @@ class Noting:
 
     def commit(self, whole: Manifest, noted: Sequence[dict[str, Any]]) -> None:
         """Publish what was noted of all shards of the dataset."""
-        digests = (Shard(**note["digests"]) for note in noted)
+        digests = [Shard(**note["digests"]) for note in noted]
+        settle(self._storage, _digests(self._dataset), digests)
         told = {**describe_rows("uint64", 1), "of": whole.content}
         commit(self._storage, _digests(self._dataset), digests, self._lineage, told)
         kept = [note for note in noted if "rows" in note]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -92,7 +92,8 @@ class Neighbourhoods:
     """What one stage needs of the graph, under one strategy; scratch datasets lie below the folder `scratch`.
 
     Work is cut into as many shards as ITEM_USERS has: replicated, of consecutive items; shuffled, of items that lie
-    close together, and what is made of them is sent on to its place.
+    close together, and what is made of them is sent on to its place. attempt is the lineage of all that is kept
+    meanwhile: a shard of one strategy is none of the other's, and `auto` may choose otherwise on another day.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class Neighbourhoods:
         self._cache, self._walks, self._seed = settings.resources.cache, settings.task.walks, settings.task.seed
         self._rounds = settings.resources.walks.cluster_rounds
         self._replicated = strategy == "replicate"
+        self.attempt = replace(lineage, settings={**lineage.settings, "strategy": strategy})
         self._item_users = open_manifest(storage, schemas.ITEM_USERS)
         self._user_items = open_manifest(storage, schemas.USER_ITEMS)
         self._laid_out: Homes | None = None
@@ -150,7 +152,7 @@ class Neighbourhoods:
             return rows, shard_of(rows.column("id").to_numpy(), num_items, num_shards)
 
         name = self.scratch(f"{dataset.name}-by-home")
-        sent = scatter(self._spark, storage, name, self._lineage, num_shards, send, num_shards, label)
+        sent = scatter(self._spark, storage, name, self.attempt, num_shards, send, num_shards, label)
 
         def receive(shard: int) -> pa.Table:
             return gather(storage, sent, shard, dataset.arrow).sort_by("id")
@@ -227,7 +229,7 @@ class Neighbourhoods:
             return wanted_users(homes.read(storage, shard), map_values(storage, degrees, "degree", cache), budget)[0]
 
         lists = ship(
-            self._spark, storage, self._lineage, self.scratch("users"), self._user_items, _GRAPH_LISTS,
+            self._spark, storage, self.attempt, self.scratch("users"), self._user_items, _GRAPH_LISTS,
             lambda users: shard_of(users, num_users, num_lists), self.num_shards, want,
             f"{self._lineage.stage}: users' lists",
         )  # fmt: skip
@@ -266,7 +268,7 @@ class Neighbourhoods:
             return whole
         ranks = self._ranks()
         lists = ship(
-            self._spark, storage, self._lineage, self.scratch("shipped-rows"), rows, _ROW_LISTS, self.owner(),
+            self._spark, storage, self.attempt, self.scratch("shipped-rows"), rows, _ROW_LISTS, self.owner(),
             self.num_shards, lambda shard: wanted_rows(read_shard(storage, rows, shard), num_rows, width, shorter_than),
             f"{self._lineage.stage}: rows",
         )  # fmt: skip
@@ -294,7 +296,7 @@ class Neighbourhoods:
             return whole
         walk, ranks = Walk(walks.num_walks, walks.max_hops, walks.restart_probability, seed), self._ranks()
         counted = move_walkers(
-            self._spark, storage, self._lineage, self._item_users, self._user_items, walk, self.scratch("walkers")
+            self._spark, storage, self.attempt, self._item_users, self._user_items, walk, self.scratch("walkers")
         )
         per_shard = counted.cells_per_shard
 
@@ -315,7 +317,7 @@ class Neighbourhoods:
     def _homes(self) -> Homes:
         if self._laid_out is None:
             self._laid_out = lay_out(
-                self._spark, self._storage, self._lineage, self._item_users, self._user_items, self._rounds,
+                self._spark, self._storage, self.attempt, self._item_users, self._user_items, self._rounds,
                 self.scratch("homes"), self._cache,
             )  # fmt: skip
         return self._laid_out
@@ -342,14 +344,15 @@ class Neighbourhoods:
         self, dataset: Dataset | str, num_shards: int, make: Callable[[int], pa.Table], label: str,
         metadata: Mapping[str, object], noting: Noting | None = None,
     ) -> Manifest:  # fmt: skip
-        done = finished_manifest(self._storage, dataset, self._lineage)
+        lineage = self.attempt if isinstance(dataset, str) else self._lineage
+        done = finished_manifest(self._storage, dataset, lineage)
         if done is not None:
             return done
         if noting is not None:
             return noting.store(self._spark, num_shards, make, label, metadata)
         begin(self._storage, dataset)
-        shards = make_shards(self._spark, self._storage, dataset, self._lineage, num_shards, make, label)
-        return commit(self._storage, dataset, shards, self._lineage, metadata)
+        shards = make_shards(self._spark, self._storage, dataset, self.attempt, num_shards, make, label)
+        return commit(self._storage, dataset, shards, lineage, metadata)
 
 
 def blocks(items: NDArray[np.int64], size: int = _BLOCK) -> Iterator[NDArray[np.int64]]:

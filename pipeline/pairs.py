@@ -21,6 +21,7 @@ from pipeline.contracts.config import Pairs, Settings
 from pipeline.contracts.datasets import (
     Lineage,
     Manifest,
+    check_sources,
     lists_to_arrow,
     open_manifest,
     read_shard,
@@ -45,6 +46,8 @@ _NONE = np.zeros(0, np.uint32)
 
 def run(spark: SparkContext, storage: Storage, settings: Settings, lineage: Lineage) -> None:
     """Write the pairs and the questions, then the hard negatives."""
+    for dataset in schemas.PAIRS_STAGE.reads:
+        check_sources(storage, dataset)
     _store_pairs(spark, storage, settings, lineage)
     _store_hard_negatives(spark, storage, settings, lineage)
 
@@ -143,7 +146,7 @@ def _store_hard_negatives(spark: SparkContext, storage: Storage, settings: Setti
     )  # fmt: skip
     first, high = rank_range(pairs, settings.task.walks.num_neighbours, near.num_items)
     count, items_of = pairs.num_hard_negatives, near.items_of()
-    asked = _queries(spark, storage, lineage, near)
+    asked = _queries(spark, storage, near)
     hop = composed = None
     if count:
         hop = near.first_hop()
@@ -169,7 +172,7 @@ def _store_hard_negatives(spark: SparkContext, storage: Storage, settings: Setti
     near.clean()
 
 
-def _queries(spark: SparkContext, storage: Storage, lineage: Lineage, near: Neighbourhoods) -> Manifest:
+def _queries(spark: SparkContext, storage: Storage, near: Neighbourhoods) -> Manifest:
     """The queries of all pairs, at the shards of items that own them."""
     pairs = open_manifest(storage, schemas.PAIRS)
     owner, num_shards = near.owner(), near.num_shards
@@ -179,4 +182,4 @@ def _queries(spark: SparkContext, storage: Storage, lineage: Lineage, near: Neig
         return pa.table({"query": queries}, schema=_QUERIES), owner(queries)
 
     name = near.scratch("queries")
-    return scatter(spark, storage, name, lineage, len(pairs.shards), make, num_shards, "pairs: queries")
+    return scatter(spark, storage, name, near.attempt, len(pairs.shards), make, num_shards, "pairs: queries")

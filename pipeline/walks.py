@@ -40,7 +40,7 @@ def run(spark: SparkContext, storage: Storage, settings: Settings, lineage: Line
             find, items = nearest(shard), items_of(shard)
             return neighbour_rows(items, (find(block) for block in blocks(items)))
 
-    report = {"items": near.num_items, "num_neighbours": top, "strategy": choice.strategy, "reason": choice.reason}
-    noting = Noting(storage, schemas.NEIGHBOURS, lineage, settings.task.data.previous)
+    report = {"items": near.num_items, "num_neighbours": top}
+    noting = Noting(storage, schemas.NEIGHBOURS, lineage, settings.task.data.previous, near.attempt)
     near.store(schemas.NEIGHBOURS, make, "walks: top neighbours", report, in_order, noting)
     near.clean()

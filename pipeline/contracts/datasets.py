@@ -244,7 +244,9 @@ def _laid_out(tree: Any, line: str = "\n") -> str:
 
 def check_sources(storage: Storage, dataset: Dataset) -> None:
     """Raise DataError if the dataset, or what it was made of, was made of another dataset than lies beside it now."""
-    made = open_manifest(storage, dataset)
+    made = find_manifest(storage, dataset)
+    if made is None:
+        return
     for source in (source for stage in STAGES if dataset in stage.writes for source in stage.reads):
         found, content = find_manifest(storage, source), made.lineage.inputs.get(source.name)
         if found is None or content is None:

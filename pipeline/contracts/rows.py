@@ -61,10 +61,10 @@ def write_rows(storage: Storage, name: str, number: int, matrix: NDArray[Any], l
     return leave_receipt(storage, name, Shard(file, len(matrix), data.nbytes, checksum), lineage)
 
 
-def settle(storage: Storage, manifest: Manifest) -> None:
+def settle(storage: Storage, dataset: str, shards: Sequence[Shard]) -> None:
     """Make what write_rows wrote safe from a crash of the machine: most of it is on the disk by the end of a stage."""
     with ThreadPoolExecutor(_SETTLED_AT_ONCE) as pool:
-        for _ in pool.map(lambda shard: storage.settle(f"{manifest.dataset}/{shard.name}"), manifest.shards):
+        for _ in pool.map(lambda shard: storage.settle(f"{dataset}/{shard.name}"), shards):
             pass
 
 

@@ -275,7 +275,7 @@ class Incremental:
             for made in parts_of(name):
                 manifest = find_manifest(self._storage, made)
                 if manifest is not None:
-                    settle(self._storage, manifest)
+                    settle(self._storage, made, manifest.shards)
 
     def _patched(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.uint32]:
         """The items [start, stop) of whose rows some night since the base made newer ones, ascending."""

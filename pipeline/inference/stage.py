@@ -268,8 +268,8 @@ class Layers:
 
     def _settle(self) -> None:
         """What is kept is safe from a crash before the embeddings say that it is there."""
-        for name in kept_names(self.network):
-            settle(self.storage, open_manifest(self.storage, _dataset(name)))
+        for name in map(_dataset, kept_names(self.network)):
+            settle(self.storage, name, open_manifest(self.storage, name).shards)
 
     def _is_done(self, label: str) -> bool:
         """Whether a killed run finished the step: what it read may be gone."""

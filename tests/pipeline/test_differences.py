@@ -121,6 +121,16 @@ def test_what_is_noted_of_another_earlier_run_or_of_former_rows_does_not_count(t
     assert second.changed_since(first) is None
 
 
+def test_an_earlier_run_whose_digests_are_damaged_is_not_compared_with(tmp_path: Path) -> None:
+    vectors = np.random.default_rng(2).random((100, 3)).astype(np.float32)
+    first = Night(tmp_path / "first", vectors, 2)
+    damaged = Path(first.storage.locate(f"{NOTED}-digests/part-00001.rows"))
+    damaged.write_bytes(bytes(damaged.stat().st_size))
+    second = Night(tmp_path / "second", vectors, 2, first.storage.url)
+    assert find_manifest(second.storage, NOTED) is None
+    assert find_manifest(second.storage, f"{NOTED}-digests") is not None
+
+
 def test_rows_of_a_night_that_changed_all_are_not_kept_twice(tmp_path: Path) -> None:
     vectors = np.random.default_rng(3).random((100, 3)).astype(np.float32)
     first = Night(tmp_path / "first", vectors, 2)

@@ -15,6 +15,7 @@ from pipeline.contracts import schemas
 from pipeline.contracts.config import Pairs, parse_settings
 from pipeline.contracts.datasets import Lineage, arrow_to_lists, commit, open_manifest, read_table, write_shard
 from pipeline.contracts.storage import Storage
+from pipeline.neighbourhoods import Neighbourhoods
 from pipeline.pairs import consecutive_pairs, drawn, rank_range
 from tests.oracles import expected_visits, successors
 from tests.synthetic import compressed, shop_settings, store_graph
@@ -57,10 +58,14 @@ def ranking_by_power_iteration(adjacency: np.ndarray) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("strategy", ["replicate", "shuffle"])
+@pytest.mark.parametrize("is_resumed", [False, True])
 def test_hard_negatives_come_from_the_given_ranks_of_the_queries_alone(
-    spark: SparkContext, storage: Storage, strategy: str
+    spark: SparkContext, storage: Storage, monkeypatch: pytest.MonkeyPatch, strategy: str, is_resumed: bool
 ) -> None:
-    """Calibrated against exact personalised PageRank: what is drawn for ranks 20 to 50 lies about there."""
+    """Calibrated against exact personalised PageRank: what is drawn for ranks 20 to 50 lies about there.
+
+    Also after an attempt by the other strategy that was killed.
+    """
     generator = np.random.default_rng(0)
     groups = np.arange(90)[:, None] // 30 == np.arange(45)[None, :] // 15
     adjacency = (generator.random((90, 45)) < np.where(groups, 0.35, 0.06)).astype(float)
@@ -70,6 +75,13 @@ def test_hard_negatives_come_from_the_given_ranks_of_the_queries_alone(
     commit(storage, schemas.INTERACTIONS, [write_shard(storage, schemas.INTERACTIONS, 0, rows, LINEAGE)], LINEAGE)
     tree = shop_settings(Path("data"), Path(storage.url))
     tree["task"]["pairs"] = {"num_hard_negatives": 6, "hard_negative_ranks": [20, 50], "compose_rows": 10}
+    if is_resumed:
+        tree["resources"]["walks"] = {"strategy": "shuffle" if strategy == "replicate" else "replicate"}
+        with monkeypatch.context() as patch:
+            patch.setattr(Neighbourhoods, "store", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                pairs.run(spark, storage, parse_settings(tree), LINEAGE)
+        assert "queries" in storage.names("pairs-ranking")
     tree["resources"]["walks"] = {"strategy": strategy}
     pairs.run(spark, storage, parse_settings(tree), LINEAGE)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from pyspark import SparkContext
 
-from pipeline import neighbourhoods, walkers, walks
+from pipeline import differences, neighbourhoods, walkers, walks
 from pipeline.contracts import schemas
 from pipeline.contracts.config import Settings, parse_settings
 from pipeline.contracts.datasets import (
@@ -160,8 +161,9 @@ def test_a_restart_does_only_what_is_missing(spark: SparkContext, storage: Stora
     finished = neighbours(spark, storage, compressed(some_adjacency()), 4, "shuffle")
     kept = Path(storage.locate("neighbours/part-00002.parquet"))
     # What an interrupted attempt leaves: shards with receipts and no manifest, one shard missing.
+    attempt = replace(LINEAGE, settings={**LINEAGE.settings, "strategy": "replicate"})
     for number in (0, 1, 2):
-        write_shard(storage, schemas.NEIGHBOURS, number, read_shard(storage, finished, number), LINEAGE)
+        write_shard(storage, schemas.NEIGHBOURS, number, read_shard(storage, finished, number), attempt)
     first_made = kept.stat().st_mtime_ns
     storage.delete("neighbours/_manifest.json")
     storage.delete("neighbours/part-00003.parquet")
@@ -169,6 +171,36 @@ def test_a_restart_does_only_what_is_missing(spark: SparkContext, storage: Stora
     walks.run(spark, storage, settings_for(storage), LINEAGE)
     assert kept.stat().st_mtime_ns == first_made
     assert read_table(storage, open_manifest(storage, schemas.NEIGHBOURS)).num_rows == 60
+
+
+@pytest.mark.parametrize("task", [{"compose": "all"}, {"compose": "short"}, {"estimator": "walks"}])
+@pytest.mark.parametrize(("first", "then"), [("shuffle", "replicate"), ("replicate", "shuffle")])
+def test_what_an_attempt_by_another_strategy_left_is_not_gone_on_from(
+    spark: SparkContext, storage: Storage, monkeypatch: pytest.MonkeyPatch, first: str, then: str, task: dict[str, Any]
+) -> None:
+    """Its shards are of other items, or of other draws; the lineage of what the stage makes knows no strategy."""
+    graph = compressed(some_adjacency())
+    expected = read_table(storage, neighbours(spark, storage, graph, 4, then, **task))
+    storage.delete(schemas.NEIGHBOURS.name)
+
+    def killed(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if "estimator" in task:  # when all shards are there
+            patch.setattr(differences, "commit", killed)
+        else:  # when all is there that they are made of
+            patch.setattr(neighbourhoods.Neighbourhoods, "store", killed)
+        with pytest.raises(KeyboardInterrupt):
+            walks.run(spark, storage, settings_for(storage, first, **task), LINEAGE)
+    walks.run(spark, storage, settings_for(storage, then, **task), LINEAGE)
+    assert read_table(storage, open_manifest(storage, schemas.NEIGHBOURS)).equals(expected)
+
+
+def test_the_content_of_neighbours_does_not_tell_of_the_host(spark: SparkContext, storage: Storage) -> None:
+    graph = compressed(some_adjacency())
+    contents = {neighbours(spark, storage, graph, 3, strategy).content for strategy in ("replicate", "shuffle")}
+    assert len(contents) == 1
 
 
 def test_a_damaged_local_copy_of_the_graph_changes_nothing(spark: SparkContext, storage: Storage) -> None:

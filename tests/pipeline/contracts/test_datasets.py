@@ -27,6 +27,7 @@ from pipeline.contracts.datasets import (
     arrow_to_lists,
     arrow_to_vectors,
     begin,
+    check_sources,
     commit,
     encode_table,
     find_manifest,
@@ -420,3 +421,26 @@ def test_lists_come_back_from_storage_as_they_were(lists: list[list[int]], cut: 
 def test_lists_too_long_for_arrow_to_count_are_refused_with_what_to_lower() -> None:
     with pytest.raises(DataError, match=r"2,147,483,648 entries.*lower resources\.rows_per_shard or resources\.events"):
         lists_to_arrow(np.array([0, 2**31]), np.zeros(0, np.uint32))
+
+
+def test_what_is_of_another_ingest_is_named_however_far_off(storage: Storage) -> None:
+    """Single stages take what lies there: neighbours of a graph of former items have their ids, and mean others."""
+
+    def made(dataset: schemas.Dataset, version: int, *sources: schemas.Dataset) -> None:
+        inputs = {source.name: open_manifest(storage, source).content for source in sources}
+        commit(storage, dataset, [], Lineage("stage", {}, inputs), {"version": version})
+
+    made(schemas.ITEMS, 1)
+    for dataset in (schemas.ITEM_USERS, schemas.USER_ITEMS):
+        made(dataset, 1, schemas.ITEMS)
+    made(schemas.NEIGHBOURS, 1, schemas.ITEM_USERS, schemas.USER_ITEMS)
+    check_sources(storage, schemas.NEIGHBOURS)
+    made(schemas.ITEMS, 2)
+    with pytest.raises(DataError, match=r"item_users was made of another items than .*; run `pinsage graph` to build"):
+        check_sources(storage, schemas.NEIGHBOURS)
+    for dataset in (schemas.ITEM_USERS, schemas.USER_ITEMS):
+        made(dataset, 2, schemas.ITEMS)
+    with pytest.raises(DataError, match=r"neighbours was made of another item_users than .*; run `pinsage walks` to"):
+        check_sources(storage, schemas.NEIGHBOURS)
+    made(schemas.NEIGHBOURS, 2, schemas.ITEM_USERS, schemas.USER_ITEMS)
+    check_sources(storage, schemas.NEIGHBOURS)
