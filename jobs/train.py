@@ -1,7 +1,8 @@
 """`torchrun --nproc-per-node 2 jobs/train.py --settings FILE`: starts the process group and runs the trainer.
 
 `python jobs/train.py --settings FILE` trains in one process. The model depends on the number of ranks only as far as
-sums of floats depend on their order.
+sums of floats depend on their order; and on what neighbour_dropout and content_dropout hide, which is of a rank's part
+of a batch.
 """
 
 from __future__ import annotations
@@ -59,8 +60,11 @@ def main() -> int:
         handler.addFilter(Redacting())
     logging.getLogger("model").setLevel(logging.INFO if is_first else logging.ERROR)
     try:
+        is_first_start = (
+            os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+        )  # else there is what it has made since
         with interrupts_first():
-            run(arguments.settings, arguments.overrides, arguments.force)
+            run(arguments.settings, arguments.overrides, arguments.force and is_first_start)
     except PipelineError as error:
         give_up()
         if not is_first:

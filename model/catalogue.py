@@ -79,6 +79,10 @@ def _width(convolution: Convolution) -> int:
 # ------------------------------------------------------------------------------------------------ how good
 
 
+class NotFiniteError(ArithmeticError):
+    """Embeddings that are no numbers: no score is above another, and every rank would be the first."""
+
+
 class Examiner:
     """Ranks of the targets of the stored questions: among all items where they are few enough, else a fixed sample."""
 
@@ -94,7 +98,10 @@ class Examiner:
         return len(self.query)
 
     def ask(self, model: PinSage, group: Group) -> dict[str, Any]:
-        """Metrics, how many questions were asked, and among how many candidates; a collective call."""
+        """Metrics, how many questions were asked, and among how many candidates; a collective call.
+
+        Raises NotFiniteError, on every rank, if the network has diverged.
+        """
         if self.candidates is None:
             items = embed_all(model, self.loader, group)
             queries, targets, seen = items[self.query.astype(np.int64)], self.target.astype(np.int64), self.seen
@@ -105,6 +112,8 @@ class Examiner:
             targets = np.searchsorted(self.candidates, self.target)
             places = np.minimum(np.searchsorted(self.candidates, self.seen), len(self.candidates) - 1)
             seen = np.where(self.candidates[places] == self.seen, places, -1)
+        if not (torch.isfinite(queries).all() and torch.isfinite(items).all()):
+            raise NotFiniteError
         ranks = target_ranks(queries, items, targets, self.seen_indptr, seen)
         return {
             "mrr": float((1 / ranks).mean()),

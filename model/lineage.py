@@ -52,3 +52,15 @@ def check_fits(storage: Storage, earlier: Storage, settings: Settings) -> None:
     if differ:
         told = ", ".join(f"task.model.{name} was {before.get(name)} and is {shape[name]}" for name in differ)
         raise DataError(f"the model of task.training.previous, {earlier.url}, has another shape: {told}; {remedy}")
+    if settings.task.model.item_dimensions:
+        _check_ids(storage, earlier, remedy)
+
+
+def _check_ids(storage: Storage, earlier: Storage, remedy: str) -> None:
+    """Raise DataError unless items of an earlier run have the same ids here: what a model learned of them is by id."""
+    ours, theirs = (open_manifest(where, schemas.ITEMS) for where in (storage, earlier))
+    if theirs.content not in (ours.content, ours.lineage.inputs.get("previous items")):
+        raise DataError(
+            f"the model of task.training.previous, {earlier.url}, has learned vectors of items by their ids, and "
+            f"{storage.url} has numbered its items anew; set task.data.previous to the same run, or {remedy}"
+        )

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from model import checkpoint
-from model.catalogue import Examiner, embed_all, nearest
+from model.catalogue import Examiner, NotFiniteError, embed_all, nearest
 from model.distributed import Group
 from model.lineage import WEIGHTS, check_fits
 from model.loader import Loader, Position
@@ -93,7 +93,7 @@ def train(storage: Storage, settings: Settings, lineage: Lineage, group: Group) 
                     monitor.step(position, trainer.loss)
                 is_due |= ends_epoch or (position.step + 1) % resources.checkpoint_every_steps == 0
                 is_due |= time.monotonic() - last_saved > 60 * resources.checkpoint_every_minutes
-                if is_due and trainer.is_settled and group.is_first:
+                if is_due and trainer.is_settled and group.is_first and trainer.is_finite():
                     keeper.save(loader.number(trainer.done.position), trainer.state(), metric)
                     last_saved, is_due = time.monotonic(), False
         finally:
@@ -203,19 +203,25 @@ class Trainer:
             limit = EXPLODED * max(abs(self.done.first_loss), 1e-3)
             if not math.isfinite(value) or value > limit:
                 began = f"; it began at {self.done.first_loss:.4g}" if math.isfinite(self.done.first_loss) else ""
-                raise DataError(
-                    f"the loss is {value} at epoch {position.epoch} step {step}{began}: training has diverged; "
-                    f"lower task.training.learning_rate (now {self.settings.learning_rate}) or lengthen "
-                    f"task.training.warmup_epochs (now {self.settings.warmup_epochs}), and look for outliers in "
-                    "features. The last checkpoint is from before"
-                )
+                raise self._diverged(f"the loss is {value} at epoch {position.epoch} step {step}{began}")
             self.done.loss_sum += value
             self.loss = value
+
+    def _diverged(self, what: str) -> DataError:
+        return DataError(
+            f"{what}: training has diverged; lower task.training.learning_rate (now {self.settings.learning_rate}) or "
+            f"lengthen task.training.warmup_epochs (now {self.settings.warmup_epochs}), and look for outliers in "
+            "features; then begin anew with `pinsage train --force`"
+        )
 
     @property
     def is_settled(self) -> bool:
         """Whether every loss was looked at: what is not a number must never be saved."""
         return not self._unseen
+
+    def is_finite(self) -> bool:
+        """Whether all weights are numbers, as the last step has left them."""
+        return all(bool(torch.isfinite(value).all()) for value in self.model.state_dict().values())
 
     def end_epoch(self, epoch: int) -> dict[str, Any]:
         """Close the epoch, and ask how good the network is if it is time to; returns its line of the history."""
@@ -225,8 +231,13 @@ class Trainer:
             "epoch": epoch, "loss": self.done.loss_sum / steps, "pairs": steps * self.loader.global_batch
         }  # fmt: skip
         is_last = epoch == self.settings.epochs
+        if not self.is_finite():
+            raise self._diverged(f"weights are not finite after epoch {epoch}")
         if len(self.examiner) and wanted.every_epochs and (is_last or epoch % wanted.every_epochs == 0):
-            line |= self.examiner.ask(self.model, self.group)
+            try:
+                line |= self.examiner.ask(self.model, self.group)
+            except NotFiniteError:
+                raise self._diverged(f"embeddings are not finite after epoch {epoch}") from None
             if self.done.best is None or line[wanted.metric] > self.done.best["metric"]:
                 self.done.best = {"epoch": epoch, "metric": line[wanted.metric]}
                 self.done.best |= {"weights": self._weights()} if wanted.keep == "best" else {}

@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from model import checkpoint, trainer
 from model.checkpoint import Keeper
 from model.distributed import Group
+from model.lineage import _check_ids
 from model.lineage import lineage as training_lineage
 from model.loader import Loader, Position
 from model.loss import choose, training_loss
@@ -24,8 +26,9 @@ from model.monitor import EVENTS, LOG, Monitor
 from model.pinsage import PinSage
 from model.trainer import Trainer, learning_rate
 from pipeline.contracts import config, schemas
-from pipeline.contracts.datasets import is_up_to_date, open_manifest, read_file
+from pipeline.contracts.datasets import Lineage, commit, find_manifest, is_up_to_date, open_manifest, read_file
 from pipeline.contracts.errors import DataError, SettingsError
+from pipeline.contracts.storage import Storage
 from tests.model.conftest import Run
 
 MakeRun = Callable[..., Run]
@@ -225,7 +228,7 @@ def test_a_loss_that_explodes_stops_training_before_it_is_saved(
     loss_of = Trainer._loss
     steps = iter(range(100))
     monkeypatch.setattr(Trainer, "_loss", lambda self, batch: loss_of(self, batch) * (1e6 if next(steps) == 5 else 1))
-    with pytest.raises(DataError, match=r"the loss is \d+\.\d+ at epoch 1 step 5; it began at .* from before"):
+    with pytest.raises(DataError, match=r"the loss is \d+\.\d+ at epoch 1 step 5; it began at .* train --force`"):
         train(run)
     state = checkpoint.decode(checkpoint.read(run.storage), training_lineage(run.storage, run.settings, 1))
     assert state is not None
@@ -291,6 +294,33 @@ def test_divergence_stops_training_and_names_the_step(make_run: MakeRun) -> None
     run = make_run(training={"optimizer": "sgd", "learning_rate": 1e30}, model={"normalise_output": False})
     with pytest.raises(DataError, match=r"loss is (nan|inf) at epoch 1 step \d.*learning_rate \(now 1e\+30\)"):
         train(run)
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_what_diverges_in_an_epochs_last_step_is_neither_measured_nor_kept(make_run: MakeRun, epochs: int) -> None:
+    """Embeddings that are no numbers would have every target first, and be the best that there ever was."""
+    training = {
+        "optimizer": "sgd", "learning_rate": 1e30, "warmup_epochs": 0, "epochs": epochs, "batch_size": 1000,
+        "validation": {"keep": "best"},
+    }  # fmt: skip
+    run = make_run(training=training, model={"normalise_output": False})
+    assert Loader(run.storage, run.settings).steps_per_epoch == 1
+    with pytest.raises(DataError, match=r"(embeddings|weights) are not finite after epoch 1: training has diverged"):
+        train(run)
+    assert find_manifest(run.storage, schemas.MODEL) is None
+    assert not [name for name in run.storage.names(schemas.TRAINING) if name.startswith("step")]
+
+
+def test_vectors_that_were_learned_by_id_are_not_given_to_other_items(tmp_path: Path) -> None:
+    ours, theirs = Storage(str(tmp_path / "ours")), Storage(str(tmp_path / "theirs"))
+    before = commit(theirs, schemas.ITEMS, [], Lineage("ingest", {}, {}), {"version": 1})
+    commit(ours, schemas.ITEMS, [], Lineage("ingest", {}, {"previous items": before.content}), {"version": 2})
+    _check_ids(ours, theirs, "begin anew")
+    commit(ours, schemas.ITEMS, [], Lineage("ingest", {}, {}), {"version": 2})
+    with pytest.raises(
+        DataError, match=r"has numbered its items anew; set task.data.previous to the same run, or begin"
+    ):
+        _check_ids(ours, theirs, "begin anew")
 
 
 @pytest.mark.parametrize("in_hardware", [True, False])
