@@ -72,7 +72,8 @@ class Embedder:
         """As embed, for a file that is like those of task.data.items."""
         source = self._with_content()
         tasks = sources.plan_items(source.model_copy(update={"paths": (items,)}), _WHOLE_FILE)
-        pieces = [self._cleaned(read_piece(task, sources.item_columns(source)), task["url"]) for task in tasks]
+        columns = sources.item_columns(source)
+        pieces = [self._cleaned(read_piece(task, columns), task["url"], task["format"]) for task in tasks]
         return self._embed(pa.concat_tables(pieces), users)
 
     def users_of(self, interactions: str) -> dict[str, list[str]]:
@@ -87,7 +88,7 @@ class Embedder:
             )
         for task in sources.plan_files(files):
             table = read_piece(task, names).table
-            keys = [sources.as_keys(table[name], f"{task['url']}: column {name}") for name in names]
+            keys = [sources.as_keys(table[name], f"{task['url']}: column {name}", task["format"]) for name in names]
             for user, item in zip(*(column.to_pylist() for column in keys), strict=True):
                 if user is not None and item is not None:
                     found[item].append(user)
@@ -118,8 +119,8 @@ class Embedder:
             raise DataError(f"{name}: a field holds values of several types: {error}") from None
         return self._cleaned(Piece(table, np.arange(len(items))), name)
 
-    def _cleaned(self, piece: Piece, where: str) -> pa.Table:
-        task = {"url": where, "widths": self._newcomers.vector_widths}
+    def _cleaned(self, piece: Piece, where: str, file_format: str = "") -> pa.Table:
+        task = {"url": where, "format": file_format, "widths": self._newcomers.vector_widths}
         good, bad = sources.clean_items(piece, task, self._with_content())
         if bad.num_rows:
             first = bad.slice(0, 1).to_pylist()[0]

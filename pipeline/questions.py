@@ -92,12 +92,13 @@ def read_events(storage: Storage, manifest: Manifest, shard: int) -> Events:
         return [table.column(name).to_numpy().astype(np.int64) for name in columns]
 
     parts = [read(shard)]
-    if shard > 0 and len(parts[0][0]):
-        before = read_shard(storage, manifest, shard - 1, ["user_id"]).column("user_id")
+    earlier = next((number for number in reversed(range(shard)) if manifest.shards[number].rows), None)
+    if earlier is not None and len(parts[0][0]):
+        before = read_shard(storage, manifest, earlier, ["user_id"]).column("user_id")
         own = parts[0][0] != before[len(before) - 1].as_py()
         parts = [[array[own] for array in parts[0]]]
     for number in range(shard + 1, len(manifest.shards)):
-        if not len(parts[-1][0]):
+        if not len(parts[0][0]):
             break
         following = read(number)
         own = following[0] == parts[0][0][-1]

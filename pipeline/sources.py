@@ -25,8 +25,11 @@ from pipeline.input_files import COMPRESSIONS, InputFile, Piece, check_columns, 
 
 FILE_STRIDE = 2**40
 """position = file number * FILE_STRIDE + row number: a total order over all input."""
-LAST_SECOND = 7_258_118_400
-"""Year 2200. Seconds beyond it are really milliseconds."""
+FIRST_SECOND, LAST_SECOND = -5_364_662_400, 7_258_118_400
+"""Years 1800 and 2200. Seconds beyond are really milliseconds; what is before is some system's word for no time."""
+_LARGEST_ORDER = 2**62
+_EXACT = {pa.float64(): 2**53, pa.float32(): 2**24, pa.float16(): 2**11}
+"""Whole numbers below are told apart as floats of that type."""
 UNITS = {"seconds": 1, "milliseconds": 10**3, "microseconds": 10**6}
 CONTENT_PREFIX = "content_"
 """Before the user's names of content columns, so that none can clash with ours."""
@@ -84,9 +87,9 @@ def plan_files(files: Sequence[InputFile]) -> list[dict[str, Any]]:
     return _plan(files, FILE_STRIDE)
 
 
-def as_keys(column: pa.ChunkedArray, where: str) -> pa.Array:
+def as_keys(column: pa.ChunkedArray, where: str, file_format: str) -> pa.Array:
     """A column of keys as text, null where there is none; where is its place, for messages."""
-    return _as_keys(column, where, INTERACTIONS)
+    return _as_keys(column, where, INTERACTIONS, file_format)
 
 
 def file_of(position: int) -> int:
@@ -188,7 +191,7 @@ def read_interactions(
     for side in ("user", "item"):
         name = getattr(source, side)
         where, setting = f"{url}: column {name}", f"{INTERACTIONS}.{side}"
-        keys[side] = _as_keys(piece.table[name], where, setting, side in integers)
+        keys[side] = _as_keys(piece.table[name], where, setting, task["format"], side in integers)
         bad.add(_mask(pc.is_null(keys[side])), f"{side} key is null or empty ({name})")
     timestamps = _read_timestamps(piece.table[source.timestamp], source, url, bad)
     weights = _read_weights(piece.table, source, url, bad)
@@ -229,7 +232,8 @@ def clean_items(
     """What read_items makes of rows that were read already; of task the url, for messages, and the vectors' widths."""
     url = task["url"]
     bad = _BadRows(piece.table.num_rows)
-    keys = _as_keys(piece.table[source.key], f"{url}: column {source.key}", f"{ITEMS}.key", integers)
+    where, text = f"{url}: column {source.key}", task.get("format", "")
+    keys = _as_keys(piece.table[source.key], where, f"{ITEMS}.key", text, integers)
     bad.add(_mask(pc.is_null(keys)), f"item key is null or empty ({source.key})")
     good = {
         "item_key": keys,
@@ -269,9 +273,14 @@ def _read_timestamps(column: pa.ChunkedArray, source: InteractionsSource, url: s
     bad.add(missing, f"timestamp is null ({name})")
     expected = "an ISO 8601 date" if unit == "iso" else f"a time in {unit}"
     bad.add(_mask(pc.is_null(seconds)), lambda row: f"timestamp {_shown(array[row])} is not {expected} ({name})")
-    if unit != "order":
-        late = values.to_numpy() > LAST_SECOND
+    if unit == "order":
+        places = values.to_numpy()
+        wild = (places > _LARGEST_ORDER) | (places < -_LARGEST_ORDER)
+        bad.add(wild, lambda row: f"order {_shown(array[row])} is no place ({name})")
+    else:
+        late, early = values.to_numpy() > LAST_SECOND, values.to_numpy() < FIRST_SECOND
         bad.add(late, lambda row: f"timestamp {_shown(array[row])} is after the year 2200 ({name})")
+        bad.add(early, lambda row: f"timestamp {_shown(array[row])} is before the year 1800 ({name})")
     return values
 
 
@@ -384,8 +393,11 @@ def _is_list(kind: pa.DataType) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
-def _as_keys(column: pa.ChunkedArray, where: str, setting: str, integers: bool = False) -> pa.Array:
-    """Text or integers as text, null where null or blank; whole numbers that went through floats (`12.0`) lose `.0`."""
+def _as_keys(column: pa.ChunkedArray, where: str, setting: str, file_format: str, integers: bool = False) -> pa.Array:
+    """Text or integers as text, null where null or blank; whole numbers that went through floats lose `.0`.
+
+    So does the text of a CSV file whose keys all end so; of other files text is text.
+    """
     array = _plain(column)
     kind = array.type
     if integers:
@@ -396,12 +408,18 @@ def _as_keys(column: pa.ChunkedArray, where: str, setting: str, integers: bool =
         fractions = finite.filter(pc.not_equal(finite, pc.trunc(finite)))
         if len(fractions):
             raise DataError(f"{where} is {kind}{_such_as(fractions)}, {wrong}")
+        large = finite.filter(pc.greater_equal(pc.abs(finite), pa.scalar(_EXACT[kind], kind)))
+        if len(large):
+            raise DataError(
+                f"{where} is {kind}{_such_as(large)}: keys so large have lost digits; write them as text or int64"
+            )
         array = finite.cast(pa.int64(), safe=False)
     elif not (_is_text(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind) or _is_whole_decimal(kind)):
         raise DataError(f"{where} is {kind}{_such_as(array)}, {wrong}")
     keys = array.cast(pa.string())
     keys = pc.if_else(pc.equal(pc.utf8_trim_whitespace(keys), ""), pa.scalar(None, pa.string()), keys)
-    if keys.null_count == len(keys) or not pc.all(pc.ends_with(keys, ".0")).as_py():  # nearly always, and cheap to see
+    is_text = file_format == "csv" and keys.null_count < len(keys)
+    if not is_text or not pc.all(pc.ends_with(keys, ".0")).as_py():  # nearly always, and cheap to see
         return keys
     floats = pc.all(pc.match_substring_regex(keys, r"^-?\d+\.0$")).as_py()
     return pc.utf8_slice_codeunits(keys, 0, -2) if floats else keys
@@ -497,7 +515,8 @@ def _iso_seconds(text: pa.Array) -> pa.Array:
     if naive.null_count == text.null_count:
         return naive
     rest = pc.if_else(pc.is_null(naive), whole, pa.scalar(None, pa.string()))
-    zoned = _try_cast(pc.replace_substring(rest, " +", "+"), pa.timestamp("s", "UTC"), _ZONED_TIME).cast(pa.int64())
+    joined = pc.replace_substring_regex(rest, r" (Z|[+-]\d\d(:?\d\d)?)$", r"\1")
+    zoned = _try_cast(joined, pa.timestamp("s", "UTC"), _ZONED_TIME).cast(pa.int64())
     return pc.coalesce(naive, zoned)
 
 

@@ -18,7 +18,7 @@ from pipeline.contracts.config import Settings, parse_settings
 from pipeline.contracts.datasets import Lineage
 from pipeline.contracts.errors import DataError
 from pipeline.contracts.storage import Storage
-from pipeline.questions import Events, item_to_item, sample_blocks
+from pipeline.questions import Events, item_to_item, read_events, sample_blocks
 from pipeline.ranking import Catalogue, Questions
 
 LINEAGE = Lineage("test", {}, {})
@@ -429,3 +429,18 @@ def test_embeddings_of_another_catalogue_are_refused(spark: SparkContext, storag
     write(storage, schemas.EMBEDDINGS, [nothing])
     with pytest.raises(DataError, match="embeddings has 9 rows and items has 30"):
         evaluate(spark, storage, make_settings(storage))
+
+
+def test_every_users_events_are_read_once_and_whole_wherever_shards_are_empty(storage: Storage) -> None:
+    """Ids that went on from an earlier run, none of whose users came again, leave the first shards empty."""
+    users = np.array([5, 5, 6, 7, 7, 7, 7, 8], np.int64)
+    times, shards = np.arange(len(users)), []
+    columns = schemas.INTERACTIONS.arrow
+    for number, rows in enumerate([[], [], [0, 1], [], [2, 3], [4, 5], [], [6, 7], []]):
+        values = {"user_id": users[rows], "item_id": np.ones(len(rows)), "timestamp": times[rows]}
+        table = pa.table([pa.array(values.get(f.name, np.zeros(len(rows))), f.type) for f in columns], schema=columns)
+        shards.append(datasets.write_shard(storage, schemas.INTERACTIONS, number, table, LINEAGE))
+    manifest = datasets.commit(storage, schemas.INTERACTIONS, shards, LINEAGE)
+    found = [read_events(storage, manifest, number) for number in range(len(shards))]
+    assert [sorted(set(events.user.tolist())) for events in found] == [[], [], [5], [], [6, 7], [], [], [8], []]
+    assert [time for events in found for time in events.timestamp.tolist()] == times.tolist()

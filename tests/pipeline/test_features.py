@@ -53,6 +53,7 @@ def test_log_is_taken_before_standardising() -> None:
 
 def test_a_constant_or_wholly_missing_number_is_zero() -> None:
     assert encode([7.0, 7.0], pa.float64(), kind="numeric").tolist() == [[0.0], [0.0]]
+    np.testing.assert_allclose(encode([0.2] * 4707, pa.float64(), kind="numeric"), 0, atol=1e-6)
     assert encode([None, None], pa.float64(), kind="numeric").tolist() == [[0.0, 1.0], [0.0, 1.0]]
 
 

@@ -112,12 +112,55 @@ def test_a_folder_and_a_file_in_it_are_read_once(tmp_path: Path) -> None:
         pa.array(["1", "2", "3"], pa.large_string()),
         pa.array(["1", "2", "3"]).dictionary_encode(),
         pa.array([1.0, 2.0, 3.0]),
-        pa.array(["1.0", "2.0", "3.0"]),
     ],
 )
 def test_keys_of_any_text_or_integer_type_become_the_same_text(tmp_path: Path, column: pa.Array) -> None:
     good, _, _ = read(write(tmp_path / "events.parquet", {**EVENTS, "item": column}))
     assert good["item_key"].to_pylist() == ["1", "2", "3"]
+
+
+def test_text_that_ends_like_a_float_is_a_key_of_its_own_but_in_csv(tmp_path: Path) -> None:
+    """Where text is all there is, whole files of it went through floats; elsewhere it would depend on the row group."""
+    column = pa.array(["1.0", "2.0", "3.0"])
+    for ending, expected in (("parquet", ["1.0", "2.0", "3.0"]), ("csv", ["1", "2", "3"])):
+        good, _, _ = read(write(tmp_path / f"events.{ending}", {**EVENTS, "item": column}))
+        assert good["item_key"].to_pylist() == expected
+    mixed, _, _ = read(write(tmp_path / "mixed.csv", {**EVENTS, "item": pa.array(["1.0", "2.0", "3.1"])}))
+    assert mixed["item_key"].to_pylist() == ["1.0", "2.0", "3.1"]
+
+
+@pytest.mark.parametrize(("kind", "largest"), [(pa.float64(), 2**53), (pa.float32(), 2**24)])
+def test_keys_that_are_too_large_for_their_floats_are_refused(tmp_path: Path, kind: pa.DataType, largest: int) -> None:
+    """JSON's numbers are floats as soon as one fits no int64; two users would be one."""
+    small = {**EVENTS, "user": pa.array([largest - 1, 1 - largest, 3], pa.float64()).cast(kind)}
+    assert read(write(tmp_path / "small.parquet", small))[0]["user_key"].to_pylist() == [
+        str(largest - 1), str(1 - largest), "3",
+    ]  # fmt: skip
+    large = {**EVENTS, "user": pa.array([5, -largest, 3], pa.float64()).cast(kind)}
+    with pytest.raises(DataError, match=r"column user is (float|double) such as -.*: keys so large have lost digits"):
+        read(write(tmp_path / "large.parquet", large))
+    lines = [json.dumps({"user": user, "item": 1, "time": NOON}) for user in (2**63 + 5, 7 * 10**18 + 1)]
+    (tmp_path / "events.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DataError, match="keys so large have lost digits"):
+        read(str(tmp_path / "events.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("unit", "bad", "reason"),
+    [
+        ("seconds", -62_135_596_800, "timestamp -62135596800 is before the year 1800 (time)"),
+        ("milliseconds", -(2**63), "timestamp -9223372036854775808 is before the year 1800 (time)"),
+        ("seconds", -(2**63), "timestamp -9223372036854775808 is before the year 1800 (time)"),
+        ("order", -(2**63), "order -9223372036854775808 is no place (time)"),
+    ],
+)
+def test_what_stands_for_no_time_is_set_aside(tmp_path: Path, unit: str, bad: int, reason: str) -> None:
+    """One such would stretch the split by time over two thousand years."""
+    size = 1000 if unit == "milliseconds" else 1
+    times = [NOON * size, bad, (NOON + 2) * size]
+    good, set_aside, _ = read(write(tmp_path / "events.parquet", {**EVENTS, "time": times}), timestamp_unit=unit)
+    assert good["timestamp"].to_pylist() == [NOON, NOON + 2]
+    assert reasons(set_aside) == [(1, reason)]
 
 
 @pytest.mark.parametrize(
@@ -130,6 +173,8 @@ def test_keys_of_any_text_or_integer_type_become_the_same_text(tmp_path: Path, c
         ("microseconds", [NOON * 10**6, (NOON + 60) * 10**6]),
         ("iso", ["2011-03-13T07:06:40", "2011-03-13 07:07:40.25"]),
         ("iso", ["2011-03-13T07:06:40Z", "2011-03-13T09:07:40+02:00"]),
+        ("iso", ["2011-03-13 07:06:40 Z", "2011-03-13 02:07:40 -05:00"]),
+        ("iso", ["2011-03-13 09:06:40 +0200", "2011-03-13 09:07:40 +02"]),
         ("iso", ["2011-03-13T07:06:40", "2011-03-13T07:07:40.123456789Z"]),
         ("iso", [datetime(2011, 3, 13, 7, 6, 40), datetime(2011, 3, 13, 7, 7, 40)]),
         ("iso", [datetime(2011, 3, 13, 7, m, 40, tzinfo=timezone.utc) for m in (6, 7)]),
