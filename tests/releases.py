@@ -89,7 +89,9 @@ def _index_files(keys: pa.Array, vectors: np.ndarray) -> dict[str, bytes]:
             "index.faiss": faiss.serialize_index(index).tobytes(),
             "keys.arrow": table.read_bytes(),
             "lookup.arrow": lookup.read_bytes(),
-            "recall.json": json.dumps({"recall": 1.0, "search": {}, "factory": "Flat"}).encode(),
+            "recall.json": json.dumps(
+                {"recall": 1.0, "search": {}, "k": 10, "target": 0.95, "factory": "Flat"}
+            ).encode(),
         }
 
 

@@ -20,8 +20,8 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
+from pipeline.ann.asking import Filter, ask
 from pipeline.ann.keys import KeyTable
-from pipeline.ann.searching import Search, parameters, widths
 from pipeline.contracts import datasets
 from pipeline.contracts.datasets import Manifest, Shard
 from pipeline.contracts.errors import DataError
@@ -79,11 +79,13 @@ class Index:
         deny: Sequence[str] | None = None,
         exclude_self: bool = True,
     ) -> Found:
-        """Keys and scores of the k best items of each query, best first; fewer where fewer are left.
+        """Keys and scores of the k best items of each query, best first; fewer only where fewer are left.
 
         queries are vectors [n, d] or keys of items, which are not among their own results unless exclude_self is
-        False. allow: only these items are found; deny: these are not; the search gets wider as they leave fewer. Raises
-        DataError for a key that no item has, with the nearest ones there are.
+        False. allow: only these items are found; deny: these are not. With a filter, or k above twice what was tuned
+        for, a query is searched ever wider until it has all it is due and wider hardly changes that: all lists at the
+        widest; of a graph efSearch 4096, which may find fewer. Raises DataError for a key that no item has, with the
+        nearest ones there are.
         """
         by_key = not isinstance(queries, np.ndarray)
         if by_key and isinstance(queries, str):
@@ -92,24 +94,22 @@ class Index:
         vectors = self._vectors(own) if by_key else np.asarray(queries)
         if vectors.ndim != 2 or vectors.shape[1] != self.faiss_index.d:
             raise DataError(f"vectors are {list(vectors.shape)}, expected [any number, {self.faiss_index.d}]")
-        selector, left = self._selector(allow, deny)
-        search = self._widened(left)
-        chosen = parameters(self.faiss_index, search, selector)
-        more = k + 1 if by_key and exclude_self else k
+        hidden = own if exclude_self else np.full(len(own), -1)
+        denied = self.keys.known_rows(list(deny or ()))
+        only = Filter.of(len(self.keys), None if allow is None else self.keys.known_rows(list(allow)), denied)
+        k = min(k, only.left)
+        if k < 1:
+            return [[] for _ in vectors], [[] for _ in vectors]
         keys: list[list[str]] = []
         scores: list[list[float]] = []
         for first in range(0, len(vectors), BATCH):
             block = np.ascontiguousarray(vectors[first : first + BATCH], dtype=np.float32)
-            wanted = max(1, min(more, len(self.keys)))
-            found_scores, rows = self.faiss_index.search(block, wanted, params=chosen)
+            rows, their_scores = ask(self.faiss_index, self.recall, block, hidden[first : first + BATCH], k, only)
             kept = rows >= 0
-            if exclude_self:
-                kept &= rows != own[first : first + BATCH, None]
-            kept &= np.cumsum(kept, axis=1) <= k
             flat = self.keys.keys(rows[kept])
             ends = np.cumsum(kept.sum(axis=1)).tolist()
             keys += [flat[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-            scores += [line[good].tolist() for line, good in zip(found_scores, kept, strict=True)]
+            scores += [line[good].tolist() for line, good in zip(their_scores, kept, strict=True)]
         return keys, scores
 
     def neighbours(self, item_key: str, k: int, exclude_self: bool = True) -> tuple[list[str], list[float]]:
@@ -142,29 +142,6 @@ class Index:
             first = int(ends[shard]) - self.embeddings.shards[shard].rows
             found[own] = datasets.arrow_to_vectors(column)[rows[own] - first]
         return found
-
-    def _selector(self, allow: Sequence[str] | None, deny: Sequence[str] | None) -> tuple[Any, int]:
-        """A FAISS selector for the filter, None without one, and how many items it leaves."""
-        if allow is None and deny is None:
-            return None, len(self.keys)
-        denied = self.keys.known_rows(list(deny or ()))
-        if allow is None:
-            return _Selector(denied, inverted=True), len(self.keys) - len(np.unique(denied))
-        allowed = np.setdiff1d(self.keys.known_rows(list(allow)), denied)
-        return _Selector(allowed), len(allowed)
-
-    def _widened(self, left: int) -> Search:
-        """The tuned search, wider by as much as a filter leaves fewer items: else it would find too few."""
-        search: Search = dict(self.recall["search"])
-        name, values = widths(self.faiss_index)
-        if name and left < len(self.keys):
-            search[name] = min(values[-1], -(-search[name] * len(self.keys) // max(left, 1)))
-        return search
-
-
-def _Selector(rows: NDArray[np.int64], inverted: bool = False) -> Any:  # noqa: N802 (makes one of FAISS's classes)
-    batch = faiss.IDSelectorBatch(np.ascontiguousarray(rows, dtype=np.int64))
-    return faiss.IDSelectorNot(batch) if inverted else batch
 
 
 # ------------------------------------------------------------------------------------------------ files
