@@ -62,10 +62,15 @@ class Trained:
 
 @dataclass
 class Build:
-    """What all steps of one build share; seconds of each step go to the log."""
+    """What all steps of one build share; seconds of each step go to the log.
+
+    The source's lineage, which scratch files and receipts have, also names the factory and the device: the next attempt
+    may find another. The index is of lineage, that of the stage.
+    """
 
     spark: SparkContext
     source: Source
+    lineage: Lineage
     settings: Settings
     choice: Choice
     gpu: bool
@@ -87,11 +92,12 @@ def run(spark: SparkContext, storage: Storage, settings: Settings, lineage: Line
     if embeddings.num_rows == 0:
         raise DataError(f"{storage.locate(EMBEDDINGS.name)} is empty: there is nothing to index; look at the items")
     gpu = uses_gpu(settings.resources.index.device)
-    source = Source(storage, embeddings, lineage, settings.resources.threads)
     width = _width(storage, embeddings)
     choice = choose_index(settings, embeddings.num_rows, width, gpu)
     datasets.begin(storage, INDEX)
-    build = Build(spark, source, settings, choice, gpu, width, {}, [])
+    inputs = {**lineage.inputs, "factory": choice.factory, "device": "cuda" if gpu else "cpu"}
+    source = Source(storage, embeddings, replace(lineage, inputs=inputs), settings.resources.threads)
+    build = Build(spark, source, lineage, settings, choice, gpu, width, {}, [])
     with parts.omp_threads(settings.resources.index.threads or settings.resources.threads):
         _build(build)
     storage.delete(INDEX_PARTS)
@@ -300,7 +306,7 @@ def _publish(
     text = json.dumps(found, indent=1, sort_keys=True).encode()
     stored.append(datasets.write_file(source.storage, INDEX.name, RECALL_FILE, text, source.lineage))
     metadata = {name: found[name] for name in ("recall", "search", "factory", "trained")}
-    datasets.commit(source.storage, INDEX, stored, source.lineage, metadata)
+    datasets.commit(source.storage, INDEX, stored, build.lineage, metadata)
     clock = {"seconds": build.seconds, "speeds": build.speeds, "threads": faiss.omp_get_max_threads()}
     source.storage.write_bytes(f"{INDEX_LOG}/clock.json", json.dumps(clock, indent=1).encode())
     source.storage.write_bytes(f"{INDEX_LOG}/report.html", report.index_page(found, clock).encode())

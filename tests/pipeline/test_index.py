@@ -19,7 +19,7 @@ from pipeline.contracts.errors import DataError, SettingsError
 from pipeline.contracts.schemas import EMBEDDINGS, INDEX, INDEX_LOG, INDEX_PARTS, INDEX_STAGE
 from pipeline.contracts.storage import Storage
 from pipeline.index import Index
-from tests.embeddings import KINDS, build, clustered, make_settings, write_embeddings
+from tests.embeddings import KINDS, build, clustered, make_settings, uniform, write_embeddings
 
 FAST = "IVF64(PQ8x4fs,RFlat),PQ8x4fsr,Refine(SQfp16)"
 
@@ -160,6 +160,33 @@ def test_an_interrupted_build_goes_on_and_ends_with_the_same_bytes(
         monkeypatch.setattr(building, "merge_parts", None)
     assert build(spark, broken, factory=FAST) == expected
     assert broken.names(INDEX_PARTS) == []
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_build_that_goes_on_where_another_device_is_found_takes_nothing_of_the_first(
+    spark: SparkContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool
+) -> None:
+    vectors, samples = uniform(80_000, width=4), []  # the fewest of which a GPU trains more lists, on another sample
+    whole, broken = Storage(str(tmp_path / "whole")), Storage(str(tmp_path / "broken"))
+
+    def stop(_: index.Build, sample: np.ndarray) -> None:
+        samples.append(sample)
+        raise KeyboardInterrupt
+
+    for storage, gpu in ((whole, not first), (broken, first), (broken, not first)):
+        if not datasets.find_manifest(storage, EMBEDDINGS):
+            write_embeddings(storage, vectors)
+        with monkeypatch.context() as patch:
+            patch.setattr(index, "uses_gpu", lambda _, gpu=gpu: gpu)
+            patch.setattr(index, "_trained", stop)
+            with pytest.raises(KeyboardInterrupt):
+                build(spark, storage)
+    assert len(samples[1]) != len(samples[0])
+    np.testing.assert_array_equal(samples[2], samples[0])
+    if first:
+        assert build(spark, broken) == build(spark, whole)
+        settings = make_settings(broken)
+        assert datasets.is_up_to_date(broken, INDEX_STAGE, datasets.trace(broken, INDEX_STAGE, settings))
 
 
 def test_a_killed_task_costs_its_own_part_only(spark: SparkContext, tmp_path: Path) -> None:
