@@ -155,7 +155,7 @@ def open_files(storage: Storage, files: Sequence[Shard], folder: str, verify: bo
 def _open(folder: Path) -> faiss.Index:
     """An index on a local disk, its lists and codes mapped as far as FAISS can for its kind."""
     apart = (folder / LISTS_FILE).exists()  # FAISS maps lists of their own by itself, and then nothing else
-    flags = faiss.IO_FLAG_ONDISK_SAME_DIR if apart else faiss.IO_FLAG_MMAP_IFC
+    flags = faiss.IO_FLAG_ONDISK_SAME_DIR | faiss.IO_FLAG_READ_ONLY if apart else faiss.IO_FLAG_MMAP_IFC
     return faiss.read_index(str(folder / INDEX_FILE), flags)
 
 

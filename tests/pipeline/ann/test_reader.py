@@ -42,6 +42,25 @@ def memory(runs: dict[str, str]) -> Iterator[str]:
     filesystem.rm("/far", recursive=True)
 
 
+@pytest.fixture(scope="module")
+def on_disk(spark: SparkContext, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A run whose lists were merged into a file of their own."""
+    storage = Storage(str(tmp_path_factory.mktemp("runs") / "disk"))
+    write_embeddings(storage, clustered(2000))
+    build(spark, storage, {"merge_memory": 1000}, factory="IVF32,Flat")
+    return storage.url
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="what a process maps is read from Linux's /proc")
+@pytest.mark.parametrize("kind", [*FACTORIES, "on disk"])
+def test_a_reader_needs_no_right_to_write_what_it_maps(runs: dict[str, str], on_disk: str, kind: str) -> None:
+    opened = Index.open(on_disk if kind == "on disk" else runs[kind])
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if opened.storage.url in line]
+    assert any(line[-1].endswith("lists.ivfdata" if kind == "on disk" else "index.faiss") for line in maps)
+    assert {line[1][:2] for line in maps} == {"r-"}
+    assert opened.search(clustered(2000)[:1], 10)[0][0][0] == "item-0"
+
+
 @pytest.mark.parametrize("factory", FACTORIES)
 def test_filters_leave_exactly_what_they_say(runs: dict[str, str], factory: str) -> None:
     opened = Index.open(runs[factory])
