@@ -305,6 +305,8 @@ def _publish(
     stored.append(datasets.write_file(source.storage, INDEX.name, TRAINED, data, source.lineage))
     text = json.dumps(found, indent=1, sort_keys=True).encode()
     stored.append(datasets.write_file(source.storage, INDEX.name, RECALL_FILE, text, source.lineage))
+    if all(shard.name != LISTS_FILE for shard in stored):  # an earlier build here may have had its lists apart
+        source.storage.remove(f"{INDEX.name}/{LISTS_FILE}")
     metadata = {name: found[name] for name in ("recall", "search", "factory", "trained")}
     datasets.commit(source.storage, INDEX, stored, build.lineage, metadata)
     clock = {"seconds": build.seconds, "speeds": build.speeds, "threads": faiss.omp_get_max_threads()}

@@ -69,7 +69,7 @@ class Index:
         files = [shard for shard in manifest.shards if shard.name in names]
         folder = _local_folder(storage, manifest.content, files, cache, verify)
         table = KeyTable(folder / KEYS_FILE, folder / LOOKUP_FILE)
-        return cls(storage, _open(folder), table, embeddings, report)
+        return cls(storage, _open(folder, files), table, embeddings, report)
 
     def search(
         self,
@@ -149,12 +149,12 @@ class Index:
 
 def open_files(storage: Storage, files: Sequence[Shard], folder: str, verify: bool) -> faiss.Index:
     """The FAISS index of an index's files, mapped; those of another machine are copied to folder first."""
-    return _open(_fetch(storage, files, Path(folder), verify))
+    return _open(_fetch(storage, files, Path(folder), verify), files)
 
 
-def _open(folder: Path) -> faiss.Index:
+def _open(folder: Path, files: Sequence[Shard]) -> faiss.Index:
     """An index on a local disk, its lists and codes mapped as far as FAISS can for its kind."""
-    apart = (folder / LISTS_FILE).exists()  # FAISS maps lists of their own by itself, and then nothing else
+    apart = any(shard.name == LISTS_FILE for shard in files)  # FAISS maps lists of their own, and then nothing else
     flags = faiss.IO_FLAG_ONDISK_SAME_DIR | faiss.IO_FLAG_READ_ONLY if apart else faiss.IO_FLAG_MMAP_IFC
     return faiss.read_index(str(folder / INDEX_FILE), flags)
 

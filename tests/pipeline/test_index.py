@@ -142,6 +142,23 @@ def test_an_index_too_large_for_the_drivers_memory_is_merged_on_disk(spark: Spar
         build(spark, Storage(str(moved)), {"merge_memory": 1000}, factory=FAST)
 
 
+def test_an_index_built_again_in_memory_has_nothing_of_the_lists_merged_on_disk(
+    spark: SparkContext, storage: Storage
+) -> None:
+    write_embeddings(storage, clustered(2000))
+    build(spark, storage, {"merge_memory": 1000}, factory="IVF32,Flat")
+    lists = Path(storage.locate("index/lists.ivfdata"))
+    former = lists.read_bytes()
+    files = build(spark, storage, factory="IVF32,Flat")
+    assert not lists.exists()
+    assert {path.name for path in lists.parent.glob("*.*")} == {*files, datasets.MANIFEST}
+    lists.write_bytes(former)  # as a store does that brings back what was removed
+    opened = Index.open(storage)
+    if Path("/proc/self/maps").exists():
+        assert f"{storage.url}/index/index.faiss" in Path("/proc/self/maps").read_text()
+    assert opened.neighbours("item-7", 5, exclude_self=False)[0][0] == "item-7"
+
+
 @pytest.mark.parametrize("moment", ["_add_and_merge", "_measure", "_publish"])
 def test_an_interrupted_build_goes_on_and_ends_with_the_same_bytes(
     spark: SparkContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
