@@ -136,11 +136,9 @@ def query(
     override: OverrideOption = None,
 ) -> None:
     """Print the nearest neighbours of an item, with scores and titles."""
-    with exit_codes(), releases.opened(load_settings(settings, override or ()), release) as (loaded, _):
-        from pipeline.index import Index
-
+    with exit_codes(), releases.opened(load_settings(settings, override or ()), release) as (loaded, found):
         storage = Storage(loaded.resources.run)
-        keys, scores = Index.open(storage).neighbours(item_key, k)
+        keys, scores = releases.open_index(loaded, found).neighbours(item_key, k)
         nodes = read_table(storage, open_manifest(storage, schemas.ITEMS), ["key", "title"])
         titles = dict(zip(nodes.column("key").to_pylist(), nodes.column("title").to_pylist(), strict=True))
         heading = report.plain(f"{item_key}  {titles.get(item_key) or ''}")
@@ -165,11 +163,11 @@ def embed(
     override: OverrideOption = None,
 ) -> None:
     """Embed items that are not in the catalogue yet, from content and a few interactions; needs no Spark."""
-    with exit_codes(), releases.opened(load_settings(settings, override or ()), release) as (loaded, _):
+    with exit_codes(), releases.opened(load_settings(settings, override or ()), release) as (loaded, found):
         from jobs.embed import embed_files
 
-        told = Console(stderr=True, highlight=False)
-        embed_files(loaded, items, interactions, output, k, told)
+        index = releases.open_index(loaded, found) if k else None
+        embed_files(loaded, items, interactions, output, index, k)
 
 
 @app.command(rich_help_panel="Setting up")

@@ -27,6 +27,7 @@ from rich.console import Console
 
 from jobs.inference import load_network
 from pipeline import sources
+from pipeline.ann.reader import Index
 from pipeline.contracts import schemas
 from pipeline.contracts.config import ItemsSource, Settings, load_settings
 from pipeline.contracts.datasets import open_manifest, vectors_to_arrow
@@ -144,16 +145,17 @@ class Embedder:
 
 
 def embed_files(
-    settings: Settings, items: str, interactions: str | None, output: Path | None, k: int, console: Console
+    settings: Settings, items: str, interactions: str | None, output: Path | None, index: Index | None, k: int
 ) -> None:
-    """What `pinsage embed` does: to a Parquet file or, without output, as JSON lines to stdout."""
+    """What `pinsage embed` does: to a Parquet file or, without output, as JSON lines to stdout.
+
+    With an index also the keys of the k items in it that are nearest.
+    """
     embedder = Embedder.open(settings)
     keys, vectors = embedder.embed_file(items, embedder.users_of(interactions) if interactions else None)
     columns: dict[str, Any] = {"key": keys}
-    if k:
-        from pipeline.index import Index
-
-        columns["nearest"] = Index.open(Storage(settings.resources.run)).search(vectors, k)[0]
+    if index is not None:
+        columns["nearest"] = index.search(vectors, k)[0]
     if output is None:
         for place in range(len(keys)):
             line = {name: values[place] for name, values in columns.items()}
@@ -163,4 +165,5 @@ def embed_files(
         pq.write_table(pa.table({**columns, "embedding": vectors_to_arrow(vectors)}), output)
     except OSError as error:
         raise SettingsError(f"cannot write {output}: {error.strerror}; give --output another place") from None
-    console.print(f"wrote {output}: {len(keys):,} items", soft_wrap=True)
+    told = Console(stderr=True, highlight=False)
+    told.print(f"wrote {output}: {len(keys):,} items", soft_wrap=True)

@@ -27,6 +27,7 @@ from pipeline.releases.catalogue import Catalogue, Listed
 from pipeline.releases.retention import collect, make_plan
 
 if TYPE_CHECKING:
+    from pipeline.ann.reader import Index
     from pipeline.releases.reading import Release
 
 PANEL = "Releases"
@@ -71,6 +72,15 @@ def opened(settings: Settings, release: str | None) -> Iterator[tuple[Settings, 
             found.storage.read_bytes(RESOLVED)
             changes["task"] = load_settings(f"{found.url}/{RESOLVED}").task
         yield settings.model_copy(update=changes), found
+
+
+def open_index(settings: Settings, release: Release | None) -> Index:
+    """What `opened` gave, as an index: of the release, if it is what was published; without one, of the run."""
+    if release is not None:
+        return release.index
+    from pipeline.ann.reader import Index
+
+    return Index.open(settings.resources.run, settings.resources.cache)
 
 
 def publish(

@@ -50,14 +50,23 @@ class Index:
     recall: dict[str, Any]
 
     @classmethod
-    def open(cls, run: str | Storage, cache: str | None = None, verify: bool = True) -> Index:
+    def open(
+        cls, run: str | Storage, cache: str | None = None, verify: bool = True, *, content: str | None = None
+    ) -> Index:
         """Open the index of a run's folder; verify compares every file with its checksum first, which reads it once.
 
-        Raises DataError if there is none, if a file is not what was published, or if it is not of the embeddings that
-        lie beside it. Without embeddings beside it, only vectors can be searched for.
+        cache: as resources.cache. content: of the manifest that it must have. Raises DataError if it has another, if
+        there is none, if a file is not what was published, or if it is not of the embeddings that lie beside it.
+        Without embeddings beside it, only vectors can be searched for.
         """
         storage = run if isinstance(run, Storage) else Storage(run)
         manifest = datasets.open_manifest(storage, INDEX)
+        if content is not None and manifest.content != content:
+            raise DataError(
+                f"{storage.locate(INDEX.name)} is not what was published: its content is {manifest.content[:12]}, "
+                f"expected {content[:12]}; it was built again, so `pinsage rollback` to another release, and give "
+                "every night's run a folder of its own"
+            )
         embeddings = datasets.find_manifest(storage, EMBEDDINGS)
         if embeddings is not None and manifest.lineage.inputs[EMBEDDINGS.name] != embeddings.content:
             raise DataError(

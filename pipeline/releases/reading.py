@@ -17,6 +17,7 @@ from types import TracebackType
 
 from pipeline.ann.reader import Index
 from pipeline.contracts.errors import StorageError
+from pipeline.contracts.schemas import INDEX
 from pipeline.contracts.storage import Storage
 from pipeline.releases.catalogue import Catalogue, Clock
 from pipeline.releases.leases import Lease
@@ -37,8 +38,8 @@ class Release:
 
     @cached_property
     def index(self) -> Index:
-        """Its index, opened at first use: see `pipeline.index.Index`."""
-        return Index.open(self.storage, self._cache)
+        """Its index, opened at first use: see `pipeline.index.Index`; DataError if it is not what was published."""
+        return Index.open(self.storage, self._cache, content=self.record.datasets[INDEX.name])
 
     def changed(self) -> bool:
         """Whether another release is live now. Raises StorageError if this one's lease could not be kept."""

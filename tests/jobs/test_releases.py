@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,18 @@ def test_of_a_release_the_task_is_the_one_it_was_made_with(site: Site) -> None:
         assert loaded.resources.cache == settings.resources.cache
     with opened(settings, "run") as (loaded, release):
         assert (release, loaded) == (None, settings)
+
+
+@pytest.mark.parametrize("release", ["live", "run"])
+def test_a_remote_index_is_copied_to_the_cache_of_the_settings(site: Site, release: str) -> None:
+    far = f"memory://{uuid.uuid4()}"
+    write_run(far, "n0", 0)
+    Catalogue(far).publish("n0")
+    tree = yaml.safe_load(site.settings.read_text())
+    tree["resources"] |= {"site": far, "cache": str(site.folder / "copies"), "run": f"{far}/runs/n0"}
+    site.settings.write_text(yaml.safe_dump(tree))
+    assert "night0-1 night0-1" in site.pinsage("query", "night0-1", "--release", release).text
+    assert len(list((site.folder / "copies").rglob("index.faiss"))) == 1
 
 
 @pytest.mark.slow

@@ -58,6 +58,17 @@ def test_a_reader_keeps_what_it_opened_after_publish_and_rollback(place: str, tm
     assert all_leases(catalogue.storage) == []
 
 
+def test_an_index_that_was_built_again_after_opening_is_not_taken_for_the_published_one(place: str) -> None:
+    catalogue = published(place, "a")
+    with Releases(place).open() as release:
+        published_content = catalogue.record("a").datasets["index"]
+        write_run(place, "a", 5)
+        with pytest.raises(
+            DataError, match=rf"a/index is not what was published: .* expected {published_content[:12]}"
+        ):
+            release.index  # noqa: B018 (opened at first use)
+
+
 @pytest.mark.parametrize(("moves", "opened"), [(0, "b"), (1, "a"), (2, "b"), (1000, "b")])
 def test_a_pointer_that_keeps_moving_keeps_no_reader_out(
     place: str, moves: int, opened: str, monkeypatch: pytest.MonkeyPatch
