@@ -27,9 +27,9 @@ def make_settings(storage: Storage, resources: dict[str, Any] | None = None, **c
     return parse_settings({"task": {"data": data, "index": {"num_queries": 200, **changes}}, "resources": where})
 
 
-def write_embeddings(storage: Storage, vectors: np.ndarray, num_shards: int = 3) -> None:
+def write_embeddings(storage: Storage, vectors: np.ndarray, num_shards: int = 3, prefix: str = "item-") -> None:
     """Vectors [n, d] as embeddings of item-0, item-1, ..."""
-    keys = pa.array([f"item-{i}" for i in range(len(vectors))], pa.string())
+    keys = pa.array([f"{prefix}{i}" for i in range(len(vectors))], pa.string())
     ids = pa.array(np.arange(len(vectors)), pa.uint32())
     table = pa.table({"key": keys, "id": ids, "embedding": datasets.vectors_to_arrow(vectors)})
     size = -(-len(vectors) // num_shards)

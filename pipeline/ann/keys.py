@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,8 @@ from numpy.typing import NDArray
 from pipeline.contracts.datasets import one_array
 from pipeline.contracts.errors import DataError
 
+Keys = Iterable[Any]
+"""Text or integers: a list, a set, an array [n]."""
 NEAR_KEYS = 10_000
 """How many keys that begin alike are looked at to guess what a mistyped key meant."""
 BUCKETS = 256
@@ -32,6 +35,24 @@ def hash_keys(keys: Sequence[str]) -> NDArray[np.uint64]:
     """A hash of each key, the same everywhere; two in a thousand million keys may share one."""
     digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
     return np.frombuffer(digests, "<u8")
+
+
+def as_texts(keys: Keys, name: str) -> list[str]:
+    """Keys as they are stored: an integer as its digits. Raises DataError, naming the first, for what is neither."""
+    if isinstance(keys, (str, bytes)):
+        raise DataError(f"{name} is the text {keys!r}, expected a list of keys")
+    if isinstance(keys, np.ndarray) and keys.ndim != 1:
+        raise DataError(f"{name} is an array {list(keys.shape)}, expected a list or a one-dimensional array of keys")
+    texts = list(keys)
+    for place, key in enumerate(texts):
+        if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
+            texts[place] = str(key)
+        elif not isinstance(key, str):
+            raise DataError(
+                f"{name}: key {place} is {key!r} of type {type(key).__name__}, expected text or an integer; give "
+                "vectors as an array [n, d]"
+            )
+    return texts
 
 
 def encode_part(keys: pa.ChunkedArray, first: int) -> bytes:
@@ -118,11 +139,12 @@ class KeyTable:
                 own, places = own[~right], places[~right] + 1
         return found
 
-    def known_rows(self, keys: Sequence[str]) -> NDArray[np.int64]:
-        """As rows, but DataError, with the nearest known keys, for one that no item has."""
-        rows = self.rows(keys)
+    def known_rows(self, keys: Keys, name: str = "keys") -> NDArray[np.int64]:
+        """As rows, but DataError, with the nearest known keys, for one that no item has; name is what they are."""
+        texts = as_texts(keys, name)
+        rows = self.rows(texts)
         if (rows < 0).any():
-            raise DataError(self._unknown(keys[int(np.argmin(rows))]))
+            raise DataError(self._unknown(texts[int(np.argmin(rows))]))
         return rows
 
     def _unknown(self, key: str) -> str:

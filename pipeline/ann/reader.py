@@ -21,7 +21,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from pipeline.ann.asking import Filter, ask
-from pipeline.ann.keys import KeyTable
+from pipeline.ann.keys import Keys, KeyTable
 from pipeline.contracts import datasets
 from pipeline.contracts.datasets import Manifest, Shard
 from pipeline.contracts.errors import DataError
@@ -82,10 +82,10 @@ class Index:
 
     def search(
         self,
-        queries: Vectors | Sequence[str],
+        queries: Vectors | Keys,
         k: int = 10,
-        allow: Sequence[str] | None = None,
-        deny: Sequence[str] | None = None,
+        allow: Keys | None = None,
+        deny: Keys | None = None,
         exclude_self: bool = True,
     ) -> Found:
         """Keys and scores of the k best items of each query, best first; fewer only where fewer are left.
@@ -94,25 +94,25 @@ class Index:
         False. allow: only these items are found; deny: these are not. With a filter, or k above twice what was tuned
         for, a query is searched ever wider until it has all it is due and wider hardly changes that: all lists at the
         widest; of a graph efSearch 4096, which may find fewer. Raises DataError for a key that no item has, with the
-        nearest ones there are.
+        nearest ones there are, and for a vector that is not finite or all zeros.
         """
-        by_key = not isinstance(queries, np.ndarray)
-        if by_key and isinstance(queries, str):
-            raise DataError(f"queries is the text {queries!r}, expected a list of keys or vectors [n, d]")
-        own = self.keys.known_rows(queries) if by_key else np.full(len(queries), -1)  # type: ignore[arg-type]
-        vectors = self._vectors(own) if by_key else np.asarray(queries)
-        if vectors.ndim != 2 or vectors.shape[1] != self.faiss_index.d:
-            raise DataError(f"vectors are {list(vectors.shape)}, expected [any number, {self.faiss_index.d}]")
+        if isinstance(queries, np.ndarray) and (queries.ndim != 1 or queries.dtype.kind not in "iuUO"):
+            own, vectors = np.full(len(queries), -1), queries
+            self._check(queries)
+        else:
+            own = self.keys.known_rows(queries, "queries")
+            vectors = self._vectors(own)
         hidden = own if exclude_self else np.full(len(own), -1)
-        denied = self.keys.known_rows(list(deny or ()))
-        only = Filter.of(len(self.keys), None if allow is None else self.keys.known_rows(list(allow)), denied)
+        allowed = None if allow is None else self.keys.known_rows(allow, "allow")
+        denied = self.keys.known_rows(() if deny is None else deny, "deny")
+        only = Filter.of(len(self.keys), allowed, denied)
         k = min(k, only.left)
         if k < 1:
             return [[] for _ in vectors], [[] for _ in vectors]
         keys: list[list[str]] = []
         scores: list[list[float]] = []
         for first in range(0, len(vectors), BATCH):
-            block = np.ascontiguousarray(vectors[first : first + BATCH], dtype=np.float32)
+            block = _as_float32(vectors[first : first + BATCH])
             rows, their_scores = ask(self.faiss_index, self.recall, block, hidden[first : first + BATCH], k, only)
             kept = rows >= 0
             flat = self.keys.keys(rows[kept])
@@ -121,17 +121,17 @@ class Index:
             scores += [line[good].tolist() for line, good in zip(their_scores, kept, strict=True)]
         return keys, scores
 
-    def neighbours(self, item_key: str, k: int, exclude_self: bool = True) -> tuple[list[str], list[float]]:
+    def neighbours(self, item_key: str | int, k: int, exclude_self: bool = True) -> tuple[list[str], list[float]]:
         """Keys and scores of the k items nearest to one item, best first."""
         keys, scores = self.search([item_key], k, exclude_self=exclude_self)
         return keys[0], scores[0]
 
-    def vector(self, item_key: str) -> NDArray[np.float32]:
+    def vector(self, item_key: str | int) -> NDArray[np.float32]:
         """An item's embedding [d], as stored. Raises DataError with the nearest known keys if there is no such item."""
         vector: NDArray[np.float32] = self.vectors([item_key])[0]
         return vector
 
-    def vectors(self, item_keys: Sequence[str]) -> NDArray[np.float32]:
+    def vectors(self, item_keys: Keys) -> NDArray[np.float32]:
         """As vector, of many [n, d]: every shard that holds some is read once."""
         return self._vectors(self.keys.known_rows(item_keys))
 
@@ -151,6 +151,30 @@ class Index:
             first = int(ends[shard]) - self.embeddings.shards[shard].rows
             found[own] = datasets.arrow_to_vectors(column)[rows[own] - first]
         return found
+
+    def _check(self, vectors: Vectors) -> None:
+        """Raise DataError unless these are vectors [n, d] that can be searched for."""
+        if vectors.ndim != 2 or vectors.shape[1] != self.faiss_index.d or vectors.dtype.kind not in "fiu":
+            raise DataError(
+                f"vectors are {list(vectors.shape)} of {vectors.dtype}, expected [any number, {self.faiss_index.d}] of "
+                "float32 or float16"
+            )
+        for first in range(0, len(vectors), BATCH):
+            block = _as_float32(vectors[first : first + BATCH])
+            squares = np.einsum("nd,nd->n", block, block, dtype=np.float64)
+            bad = np.flatnonzero(~np.isfinite(squares) | (squares == 0))
+            if len(bad):
+                what = "all zeros" if squares[bad[0]] == 0 else "not finite as float32"
+                raise DataError(
+                    f"vectors row {first + bad[0]} is {what}, expected finite numbers that are not all 0; look at what "
+                    "made it, or leave it out"
+                )
+
+
+def _as_float32(vectors: Vectors) -> NDArray[np.float32]:
+    """As FAISS takes them; what is too large for it becomes infinite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.ascontiguousarray(vectors, dtype=np.float32)
 
 
 # ------------------------------------------------------------------------------------------------ files

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -139,6 +140,57 @@ def test_an_unknown_key_is_an_error_that_names_near_ones(runs: dict[str, str]) -
         opened.search(np.ones((2, 3)), 5)
     with pytest.raises(DataError, match="queries is the text 'item-1'"):
         opened.search("item-1", 5)
+
+
+def test_keys_may_be_integers_and_any_of_the_usual_sequences(spark: SparkContext, storage: Storage) -> None:
+    write_embeddings(storage, clustered(300), prefix="")
+    build(spark, storage)
+    opened = Index.open(storage)
+    expected = opened.search(["5", "17"], 3, deny=["1", "2"])
+    assert opened.search([5, np.int64(17)], 3, deny={1, 2}) == expected
+    assert opened.search(np.array([5, 17], np.uint32), 3, deny=np.array([1, 2])) == expected
+    assert opened.search(np.array(["5", "17"]), 3, deny=np.array(["1", "2"])) == expected
+    assert opened.search(np.array(["5", 17], object), 3, deny=("1", 2)) == expected
+    assert opened.search([5], 3, deny=np.array([], np.int64)) == opened.search([5], 3)
+    assert opened.search([5], 3, allow=np.array([], np.int64)) == ([[]], [[]])
+    assert opened.neighbours(5, 3) == opened.neighbours("5", 3)
+    np.testing.assert_array_equal(opened.vector(5), clustered(300)[5])
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ({"queries": ["item-1", 2.0]}, r"queries: key 1 is 2.0 of type float, expected text or an integer"),
+        ({"queries": [[1.0] * 16]}, r"queries: key 0 is \[1.0, .* of type list"),
+        ({"queries": ["item-1"], "deny": [True]}, r"deny: key 0 is True of type bool"),
+        ({"queries": ["item-1"], "allow": [b"item-2"]}, r"allow: key 0 is b'item-2' of type bytes"),
+        ({"queries": ["item-1"], "deny": "item-2"}, r"deny is the text 'item-2', expected a list of keys"),
+        ({"queries": ["item-1"], "deny": np.array([["item-2"]])}, r"deny is an array \[1, 1\]"),
+        ({"queries": np.ones(16)}, r"vectors are \[16\] of float64, expected \[any number, 16\]"),
+        ({"queries": np.full((2, 16), "x")}, r"vectors are \[2, 16\] of <U1, expected"),
+        ({"queries": np.ones((2, 16), complex)}, r"vectors are \[2, 16\] of complex128"),
+    ],
+)
+def test_what_is_neither_keys_nor_vectors_is_named(runs: dict[str, str], given: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(DataError, match=complaint):
+        Index.open(runs["Flat"]).search(**given)
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300, 0.0])
+@pytest.mark.filterwarnings("error")
+def test_a_vector_that_cannot_be_searched_for_is_named_before_any_search(
+    runs: dict[str, str], monkeypatch: pytest.MonkeyPatch, kind: type, value: float
+) -> None:
+    opened = Index.open(runs["IVF32,Flat"])
+    vectors: np.ndarray = clustered(2000)[:30].astype(kind)
+    with np.errstate(over="ignore"):
+        vectors[17] = 0.0 if value == 0.0 else vectors[17]
+        vectors[17, 3] = np.float64(value).astype(kind)
+    monkeypatch.setattr("pipeline.ann.reader.BATCH", 7)
+    monkeypatch.setattr("pipeline.ann.reader.ask", None)
+    with pytest.raises(DataError, match=f"vectors row 17 is {'all zeros' if value == 0.0 else 'not finite'}"):
+        opened.search(vectors, 3)
 
 
 def test_an_index_of_older_embeddings_is_not_opened(spark: SparkContext, storage: Storage) -> None:
