@@ -27,7 +27,7 @@ from jobs.stage import ForceOption, OverrideOption, SettingsOption, exit_codes, 
 from pipeline import report
 from pipeline.contracts import schemas
 from pipeline.contracts.config import Settings, load_settings, reference
-from pipeline.contracts.datasets import RECEIPTS, code_version, find_manifest, open_manifest, read_file, read_table
+from pipeline.contracts.datasets import RECEIPTS, code_version, find_manifest, open_manifest, read_file
 from pipeline.contracts.errors import DataError, SettingsError
 from pipeline.contracts.storage import Storage
 
@@ -137,14 +137,13 @@ def query(
 ) -> None:
     """Print the nearest neighbours of an item, with scores and titles."""
     with exit_codes(), releases.opened(load_settings(settings, override or ()), release) as (loaded, found):
-        storage = Storage(loaded.resources.run)
-        keys, scores = releases.open_index(loaded, found).neighbours(item_key, k)
-        nodes = read_table(storage, open_manifest(storage, schemas.ITEMS), ["key", "title"])
-        titles = dict(zip(nodes.column("key").to_pylist(), nodes.column("title").to_pylist(), strict=True))
-        heading = report.plain(f"{item_key}  {titles.get(item_key) or ''}")
+        index = releases.open_index(loaded, found)
+        keys, scores = index.neighbours(item_key, k)
+        own, *titles = index.titles([item_key, *keys])
+        heading = report.plain(f"{item_key}  {own}")
         table = Table("", "score", "key", "title", title=heading, title_style="bold")
-        for place, (key, score) in enumerate(zip(keys, scores, strict=True), 1):
-            table.add_row(str(place), f"{score:.3f}", report.plain(key), report.plain(titles.get(key) or ""))
+        for place, (key, score, name) in enumerate(zip(keys, scores, titles, strict=True), 1):
+            table.add_row(str(place), f"{score:.3f}", report.plain(key), report.plain(name))
         console.print(table)
 
 

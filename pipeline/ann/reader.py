@@ -10,23 +10,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
+import pyarrow as pa
 from filelock import FileLock
 from numpy.typing import NDArray
 
 from pipeline.ann.asking import Filter, ask
-from pipeline.ann.keys import Keys, KeyTable
+from pipeline.ann.keys import Keys, KeyTable, as_texts
 from pipeline.contracts import datasets
 from pipeline.contracts.datasets import Manifest, Shard
 from pipeline.contracts.errors import DataError
 from pipeline.contracts.replica import default_cache
-from pipeline.contracts.schemas import EMBEDDINGS, INDEX, how_to_build
+from pipeline.contracts.schemas import EMBEDDINGS, INDEX, ITEMS, how_to_build
 from pipeline.contracts.storage import Storage
 
 INDEX_FILE, LISTS_FILE, KEYS_FILE, LOOKUP_FILE = "index.faiss", "lists.ivfdata", "keys.arrow", "lookup.arrow"
@@ -135,6 +136,23 @@ class Index:
         """As vector, of many [n, d]: every shard that holds some is read once."""
         return self._vectors(self.keys.known_rows(item_keys))
 
+    def titles(self, item_keys: Keys) -> list[str]:
+        """Titles of items, from the shards of items that hold them; blank where there is none.
+
+        An item's row in the index is its id, by which items are ordered. Where the items beside the index are others by
+        now, the key there is another too, and the title stays blank.
+        """
+        keys = as_texts(item_keys, "keys")
+        found, items = [""] * len(keys), datasets.find_manifest(self.storage, ITEMS)
+        if items is None:
+            return found
+        for shard, places, inside in _by_shard(items, self.keys.rows(keys)):
+            table = datasets.read_shard(self.storage, items, shard, ["key", "title"]).take(pa.array(inside))
+            for place, row in zip(places.tolist(), table.to_pylist(), strict=True):
+                if row["key"] == keys[place]:
+                    found[place] = row["title"] or ""
+        return found
+
     def _vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Embeddings of rows [n, d], read from the shards that hold them."""
         if self.embeddings is None:
@@ -143,13 +161,9 @@ class Index:
                 "vectors, or open the run that has both"
             )
         found = np.empty((len(rows), self.faiss_index.d), np.float32)
-        ends = np.cumsum([shard.rows for shard in self.embeddings.shards])
-        owners = np.searchsorted(ends, rows, side="right")
-        for shard in np.unique(owners):
-            column = datasets.read_shard(self.storage, self.embeddings, int(shard), ["embedding"]).column("embedding")
-            own = owners == shard
-            first = int(ends[shard]) - self.embeddings.shards[shard].rows
-            found[own] = datasets.arrow_to_vectors(column)[rows[own] - first]
+        for shard, places, inside in _by_shard(self.embeddings, rows):
+            column = datasets.read_shard(self.storage, self.embeddings, shard, ["embedding"]).column("embedding")
+            found[places] = datasets.arrow_to_vectors(column)[inside]
         return found
 
     def _check(self, vectors: Vectors) -> None:
@@ -169,6 +183,17 @@ class Index:
                     f"vectors row {first + bad[0]} is {what}, expected finite numbers that are not all 0; look at what "
                     "made it, or leave it out"
                 )
+
+
+def _by_shard(
+    manifest: Manifest, rows: NDArray[np.int64]
+) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
+    """The shards that hold some of the rows: which shard, the places of those rows, and where they lie within it."""
+    ends = np.cumsum([shard.rows for shard in manifest.shards], dtype=np.int64)
+    owners = np.searchsorted(ends, rows, side="right")
+    for shard in np.unique(owners[(rows >= 0) & (owners < len(ends))]).tolist():
+        places = np.flatnonzero((owners == shard) & (rows >= 0))
+        yield shard, places, rows[places] - (ends[shard] - manifest.shards[shard].rows)
 
 
 def _as_float32(vectors: Vectors) -> NDArray[np.float32]:

@@ -9,13 +9,16 @@ from typing import Any
 
 import fsspec
 import numpy as np
+import pyarrow as pa
 import pytest
 from pyspark import SparkContext
 
+from pipeline.contracts import datasets
 from pipeline.contracts.errors import DataError
+from pipeline.contracts.schemas import ITEMS
 from pipeline.contracts.storage import Storage
 from pipeline.index import Index
-from tests.embeddings import build, clustered, write_embeddings
+from tests.embeddings import LINEAGE, build, clustered, write_embeddings
 
 FACTORIES = ("Flat", "IVF32,Flat", "IVF32,PQ8x4fs,Refine(SQfp16)")
 
@@ -191,6 +194,39 @@ def test_a_vector_that_cannot_be_searched_for_is_named_before_any_search(
     monkeypatch.setattr("pipeline.ann.reader.ask", None)
     with pytest.raises(DataError, match=f"vectors row 17 is {'all zeros' if value == 0.0 else 'not finite'}"):
         opened.search(vectors, 3)
+
+
+def write_items(storage: Storage, keys: list[str], cuts: list[int]) -> None:
+    """Items of these keys, every third without a title, in shards cut before these rows."""
+    shards = []
+    for number, rows in enumerate(np.split(np.arange(len(keys)), cuts)):
+        names = pa.array([None if row % 3 == 0 else f"title of {keys[row]}" for row in rows], pa.string())
+        numbers = pa.array(np.zeros(len(rows)), pa.int64())
+        columns = [
+            pa.array([keys[row] for row in rows], pa.string()),
+            pa.array(rows, pa.uint32()),
+            *[numbers] * 2,
+            names,
+        ]
+        table = pa.table(columns, names=["key", "id", "degree", "first_seen", "title"])
+        shards.append(datasets.write_shard(storage, ITEMS, number, table, LINEAGE))
+    datasets.commit(storage, ITEMS, shards, LINEAGE)
+
+
+def test_titles_are_those_of_the_items_whose_keys_they_have(spark: SparkContext, storage: Storage) -> None:
+    keys = [f"item-{row}" for row in range(300)]
+    write_embeddings(storage, clustered(300))
+    build(spark, storage)
+    opened = Index.open(storage)
+    assert opened.titles(["item-7"]) == [""]
+    write_items(storage, keys, [7, 7, 200])
+    expected = [f"title of {key}" if row % 3 else "" for row, key in enumerate(keys)]
+    assert opened.titles(keys) == expected
+    assert opened.titles(["item-200", "unknown", "item-7"]) == [expected[200], "", expected[7]]
+    Path(storage.locate("items/part-00003.parquet")).unlink()
+    assert opened.titles(["item-199", "item-5"]) == [expected[199], expected[5]]  # no shard but theirs is read
+    write_items(storage, ["new", *keys[:-200]], [50])  # a later ingest: ids mean others
+    assert opened.titles(["item-0", "item-99", "item-299"]) == ["", "", ""]
 
 
 def test_an_index_of_older_embeddings_is_not_opened(spark: SparkContext, storage: Storage) -> None:
