@@ -1,8 +1,9 @@
 """A published index, opened from any URL: keys or vectors in, keys and inner products out. Needs no Spark.
 
 From a disk of this machine the index is mapped where it lies; from elsewhere its files are copied once to the cache, by
-content, and mapped there. An open index is never changed, so threads may share it. Memory: what searches touch; for a
-batch of queries given by key, the shards of embeddings that hold them, one at a time.
+content, and mapped there; the copy goes when the run has another index, or nobody opened it for two weeks. An open
+index is never changed, so threads may share it. Memory: what searches touch; for a batch of queries given by key, the
+shards of embeddings that hold them, one at a time.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,9 @@ from numpy.typing import NDArray
 
 from pipeline.ann.asking import Filter, ask
 from pipeline.ann.keys import Keys, KeyTable, as_texts
-from pipeline.contracts import datasets
+from pipeline.contracts import datasets, replica
 from pipeline.contracts.datasets import Manifest, Shard
 from pipeline.contracts.errors import DataError
-from pipeline.contracts.replica import default_cache
 from pipeline.contracts.schemas import EMBEDDINGS, INDEX, ITEMS, how_to_build
 from pipeline.contracts.storage import Storage
 
@@ -77,9 +78,9 @@ class Index:
         report = json.loads(datasets.read_file(storage, manifest, RECALL_FILE))
         names = (INDEX_FILE, LISTS_FILE, KEYS_FILE, LOOKUP_FILE)
         files = [shard for shard in manifest.shards if shard.name in names]
-        folder = _local_folder(storage, manifest.content, files, cache, verify)
-        table = KeyTable(folder / KEYS_FILE, folder / LOOKUP_FILE)
-        return cls(storage, _open(folder, files), table, embeddings, report)
+        with _local_folder(storage, manifest.content, files, cache, verify) as folder:
+            table = KeyTable(folder / KEYS_FILE, folder / LOOKUP_FILE)
+            return cls(storage, _open(folder, files), table, embeddings, report)
 
     def search(
         self,
@@ -217,16 +218,29 @@ def _open(folder: Path, files: Sequence[Shard]) -> faiss.Index:
     return faiss.read_index(str(folder / INDEX_FILE), flags)
 
 
-def _local_folder(storage: Storage, content: str, files: Sequence[Shard], cache: str | None, verify: bool) -> Path:
-    """Where the files lie on this machine: in place, or in the cache, under the content's name."""
+@contextmanager
+def _local_folder(
+    storage: Storage, content: str, files: Sequence[Shard], cache: str | None, verify: bool
+) -> Iterator[Path]:
+    """Where the files lie on this machine: in place, or in the cache, where nobody removes them before they are open.
+
+    Copies of what the run's index was before go when a new one is made.
+    """
     if storage.is_local:
-        return _fetch(storage, files, Path(), verify)
-    owner = hashlib.sha256(storage.url.encode()).hexdigest()[:12]
-    home = (default_cache() if cache is None else Path(cache)) / owner / INDEX.name
-    home.mkdir(parents=True, exist_ok=True)
-    folder = home / f"{content[:24]}-files"
-    with FileLock(home / "files.lock"):
-        return _fetch(storage, files, folder, verify)
+        yield _fetch(storage, files, Path(), verify)
+        return
+    home = replica.home_of(storage, INDEX.name, cache)
+    folder = replica.copy_in(home, content, "files")
+    with ExitStack() as held:
+        with replica.kept_in(home, "a local copy of the index"):
+            home.mkdir(parents=True, exist_ok=True)
+            held.enter_context(FileLock(home / "files.lock"))
+            if not folder.exists():
+                replica.remove_others(folder)
+            _fetch(storage, files, folder, verify)
+        with suppress(OSError):  # of a copy that is not ours to mark: another user's
+            os.utime(folder)
+        yield folder
 
 
 def _fetch(storage: Storage, files: Sequence[Shard], folder: Path, verify: bool) -> Path:
@@ -251,11 +265,23 @@ def _fetch(storage: Storage, files: Sequence[Shard], folder: Path, verify: bool)
 
 
 def _download(storage: Storage, shard: Shard, local: Path) -> None:
-    temporary = local.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        for start in range(0, shard.bytes, _PIECE):
-            file.write(storage.read_range(f"{INDEX.name}/{shard.name}", start, min(start + _PIECE, shard.bytes)))
-    os.replace(temporary, local)
+    path, temporary = f"{INDEX.name}/{shard.name}", local.with_suffix(".tmp")
+    replica.check_room(local.parent, shard.bytes)
+    try:
+        with open(temporary, "wb") as file:
+            for start in range(0, shard.bytes, _PIECE):
+                file.write(_read(storage, path, start, min(start + _PIECE, shard.bytes)))
+        os.replace(temporary, local)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(storage: Storage, path: str, start: int, stop: int) -> bytes:
+    try:
+        return storage.read_range(path, start, stop)
+    except FileNotFoundError:
+        remedy = how_to_build(INDEX.name, "again")
+        raise DataError(f"{storage.locate(path)} is in the manifest but not there; {remedy}") from None
 
 
 def _difference(local: Path, shard: Shard, verify: bool) -> str | None:

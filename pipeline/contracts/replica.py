@@ -17,7 +17,8 @@ import shutil
 import tempfile
 import time
 import zlib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,13 +65,52 @@ def default_cache() -> Path:
     return folder
 
 
+def home_of(storage: Storage, dataset: str, cache: str | None) -> Path:
+    """The folder of this host's copies of a dataset of a run, below the cache; it need not be there."""
+    owner = hashlib.sha256(storage.url.encode()).hexdigest()[:_OWNER_DIGITS]
+    return (default_cache() if cache is None else Path(cache)) / owner / dataset.replace("/", "-")
+
+
+def copy_in(home: Path, content: str, part: str) -> Path:
+    """The folder of a copy of the content of that hash, or of a part of it."""
+    return home / f"{content[:_DIGITS]}-{part}"
+
+
 def forget(storage: Storage, dataset: str, cache: str | None) -> None:
     """Remove this host's copies of a dataset, or a folder of some, that is no more; those on other hosts grow old."""
-    owner = hashlib.sha256(storage.url.encode()).hexdigest()[:_OWNER_DIGITS]
-    root = default_cache() if cache is None else Path(cache)
-    name = dataset.replace("/", "-")
-    for home in (root / owner / name, *(root / owner).glob(f"{name}-*")):
-        shutil.rmtree(home, ignore_errors=True)
+    home = home_of(storage, dataset, cache)
+    for own in (home, *home.parent.glob(f"{home.name}-*")):
+        shutil.rmtree(own, ignore_errors=True)
+
+
+@contextmanager
+def kept_in(folder: Path, what: str) -> Iterator[None]:
+    """StorageError, which says what to do, for a local folder's refusal to hold what the block writes there."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"cannot keep {what} in {folder}: {error}; make room there or set resources.cache"
+        ) from error
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raise OSError if so many bytes do not fit, even if other copies, those not used for longest first, make room."""
+    others = folder.parents[2].glob(f"{'?' * _OWNER_DIGITS}/*/{'?' * _DIGITS}-*/")
+    aged = sorted((_last_used(other), other) for other in others if other != folder and (other / "done.json").exists())
+    while (free := shutil.disk_usage(folder).free) < needed + (1 << 20):
+        if not aged or aged[0][0] > time.time() - _IN_USE_SECONDS:
+            raise OSError(f"about {needed:,} more bytes are needed and {free:,} are free")
+        shutil.rmtree(aged.pop(0)[1], ignore_errors=True)
+
+
+def remove_others(copy: Path) -> None:
+    """Remove what its making replaces or makes room for: copies of other content, and of any run those long unused."""
+    _, part = copy.name.split("-", 1)
+    for old in copy.parent.glob(f"{'?' * _DIGITS}-{part}"):
+        if old != copy:
+            shutil.rmtree(old, ignore_errors=True)
+    _remove_unused(copy.parents[2])
 
 
 def map_values(storage: Storage, manifest: Manifest, column: str, cache: str | None) -> NDArray[Any]:
@@ -149,37 +189,30 @@ def _open(folder: Path, name: str) -> NDArray[Any]:
 
 
 def _replicate(storage: Storage, manifest: Manifest, column: str, cache: str | None, kind: str) -> Path:
-    url, content = storage.url, manifest.content
+    home, content = home_of(storage, manifest.dataset, cache), manifest.content
     if column == _STAYING:
         kind_of_rows = f"{manifest.metadata['dtype']} {manifest.metadata['width']}"
         files = " ".join(shard.sha256 for shard in manifest.shards)
-        url = content = hashlib.sha256(f"{kind_of_rows} {files}".encode()).hexdigest()
-    owner = hashlib.sha256(url.encode()).hexdigest()[:_OWNER_DIGITS]
-    root = default_cache() if cache is None else Path(cache)
-    home = root / owner / manifest.dataset.replace("/", "-")
-    folder = home / f"{content[:_DIGITS]}-{column}"
+        content = hashlib.sha256(f"{kind_of_rows} {files}".encode()).hexdigest()
+        home = home.parents[1] / content[:_OWNER_DIGITS] / home.name
+    folder = copy_in(home, content, column)
     done = folder / "done.json"
     if _is_unchanged(folder):
         with suppress(OSError):  # of a copy that is not ours to mark: another user's, or on a read-only disk
             os.utime(done)
         return folder
-    try:
+    with kept_in(home, f"a local copy of {manifest.dataset}"):
         home.mkdir(parents=True, exist_ok=True)
         with FileLock(home / f"{column}.lock"):
             if not _is_intact(folder):
-                for old in home.glob(f"{'?' * _DIGITS}-{column}"):
-                    if old != folder or done.exists():
-                        shutil.rmtree(old, ignore_errors=True)
-                _remove_unused(root)
+                if done.exists():
+                    shutil.rmtree(folder, ignore_errors=True)
+                remove_others(folder)
                 try:
                     _copy(storage, manifest, column, folder, kind)
                 except BaseException:
                     shutil.rmtree(folder, ignore_errors=True)
                     raise
-    except OSError as error:
-        raise StorageError(
-            f"cannot keep a local copy of {manifest.dataset} in {home}: {error}; make room there or set resources.cache"
-        ) from error
     return folder
 
 
@@ -277,7 +310,7 @@ def _copy(storage: Storage, manifest: Manifest, column: str, folder: Path, kind:
             else:
                 array = values.to_numpy()
         size = max(1, manifest.shards[number].bytes)  # raw rows may be none
-        _check_room(folder, int(array.nbytes * (stored - read) / size))
+        check_room(folder, int(array.nbytes * (stored - read) / size))
         read += size
         files["values"].append(array)
         notes = {name: file.note() for name, file in files.items()}
@@ -322,13 +355,3 @@ class _Growing:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-
-
-def _check_room(folder: Path, needed: int) -> None:
-    """Raise OSError if so many bytes do not fit, even if other copies, those not used for longest first, make room."""
-    others = folder.parents[2].glob(f"{'?' * _OWNER_DIGITS}/*/{'?' * _DIGITS}-*/")
-    aged = sorted((_last_used(other), other) for other in others if other != folder and (other / "done.json").exists())
-    while (free := shutil.disk_usage(folder).free) < needed + (1 << 20):
-        if not aged or aged[0][0] > time.time() - _IN_USE_SECONDS:
-            raise OSError(f"about {needed:,} more bytes are needed and {free:,} are free")
-        shutil.rmtree(aged.pop(0)[1], ignore_errors=True)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import shutil
+import time
+from collections import namedtuple
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,15 +16,18 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
+from filelock import FileLock, Timeout
 from pyspark import SparkContext
 
-from pipeline.contracts import datasets
-from pipeline.contracts.errors import DataError
+from pipeline.ann.keys import KeyTable
+from pipeline.contracts import datasets, replica
+from pipeline.contracts.errors import DataError, StorageError
 from pipeline.contracts.schemas import ITEMS
 from pipeline.contracts.storage import Storage
 from pipeline.index import Index
 from tests.embeddings import LINEAGE, build, clustered, write_embeddings
 
+Usage = namedtuple("Usage", "total used free")
 FACTORIES = ("Flat", "IVF32,Flat", "IVF32,PQ8x4fs,Refine(SQfp16)")
 
 
@@ -109,6 +117,85 @@ def test_a_remote_index_is_copied_once_and_gives_the_same(runs: dict[str, str], 
     assert len(copies) == 1
     Index.open(memory, cache=str(tmp_path))
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.faiss")} == copies
+
+
+def copies_in(cache: Path) -> list[str]:
+    return sorted(path.name[:24] for path in cache.glob("*/index/*-files"))
+
+
+def test_a_copy_in_daily_use_is_kept_and_one_that_nobody_opens_goes(
+    memory: str, storage: Storage, tmp_path: Path
+) -> None:
+    cache, long_ago = tmp_path / "cache", time.time() - 15 * 24 * 3600
+    opened = Index.open(memory, cache=str(cache))
+    write_items(storage, ["one"], [])  # another dataset of another run, whose copy makes room
+    for used in (True, False):
+        [folder] = cache.glob("*/index/*-files")
+        os.utime(folder, (long_ago, long_ago))
+        if used:
+            Index.open(memory, cache=str(cache))
+        replica.map_values(storage, datasets.open_manifest(storage, ITEMS), "degree" if used else "id", str(cache))
+        assert len(copies_in(cache)) == used
+    assert len(opened.search(["item-8"], 10)[0][0]) == 10  # who has it open keeps reading it
+
+
+def test_a_new_index_of_the_run_takes_the_place_of_the_old_copy(
+    spark: SparkContext, memory: str, runs: dict[str, str], tmp_path: Path
+) -> None:
+    old = Index.open(memory, cache=str(tmp_path))
+    found = old.search(["item-8"], 10)
+    before = copies_in(tmp_path)
+    for path in Path(runs["Flat"]).rglob("*"):
+        if path.is_file():
+            fsspec.filesystem("memory").pipe_file(f"/far/{path.relative_to(runs['Flat'])}", path.read_bytes())
+    assert Index.open(memory, cache=str(tmp_path)).recall["factory"] == "Flat"
+    assert len(copies_in(tmp_path)) == 1
+    assert copies_in(tmp_path) != before
+    assert old.search(["item-8"], 10) == found
+
+
+def test_a_cache_that_cannot_hold_the_index_says_so_and_keeps_no_part(
+    memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    refused = r"cannot keep a local copy of the index in .*; make room there or set resources.cache"
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # no file of this process may grow larger
+    try:
+        with pytest.raises(StorageError, match=refused):
+            Index.open(memory, cache=str(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert not list(tmp_path.rglob("*.tmp"))
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: Usage(1 << 30, 1 << 30, 1000))
+        with pytest.raises(StorageError, match=refused.replace(".*", ".* more bytes are needed and 1,000 are free")):
+            Index.open(memory, cache=str(tmp_path))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=refused):
+        Index.open(memory, cache=str(tmp_path / "file"))
+    assert len(Index.open(memory, cache=str(tmp_path)).search(["item-8"], 10)[0][0]) == 10
+
+
+def test_a_file_that_is_gone_is_named(memory: str, tmp_path: Path) -> None:
+    fsspec.filesystem("memory").rm("/far/index/keys.arrow")
+    with pytest.raises(DataError, match=r"keys.arrow is in the manifest but not there"):
+        Index.open(memory, cache=str(tmp_path))
+
+
+def test_nobody_removes_a_copy_before_it_is_open(memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def opening(*files: Path) -> KeyTable:
+        [lock] = tmp_path.rglob("files.lock")
+        with pytest.raises(Timeout):
+            FileLock(lock).acquire(timeout=0)
+        tried.append(lock)
+        return KeyTable(*files)
+
+    monkeypatch.setattr("pipeline.ann.reader.KeyTable", opening)
+    Index.open(memory, cache=str(tmp_path))
+    with FileLock(tried[0], timeout=0):
+        pass
 
 
 def test_a_changed_file_is_not_opened(memory: str, tmp_path: Path) -> None:
