@@ -13,11 +13,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import faiss
@@ -35,6 +36,7 @@ from pipeline.contracts import datasets
 from pipeline.contracts.config import Settings
 from pipeline.contracts.datasets import Lineage, Manifest, Shard
 from pipeline.contracts.errors import DataError, SettingsError
+from pipeline.contracts.replica import check_room, copy_in, home_of, kept_in, remove_others
 from pipeline.contracts.schemas import EMBEDDINGS, INDEX, INDEX_LOG, INDEX_PARTS
 from pipeline.contracts.storage import Storage
 from pipeline.spark import progress, say
@@ -132,7 +134,7 @@ def _build(build: Build) -> None:
     order = np.concatenate([order[::2], order[1::2]])  # as many of each kind to tune on as to measure on
     queries, ids = np.ascontiguousarray(queries[order]), ids[order]
     asked = Queries(queries, ids, recall.depth(k))
-    with tempfile.TemporaryDirectory(prefix="pinsage-index-") as folder:
+    with _local_folder(build) as folder:
         while True:
             trained = _trained(build, sample)
             made, index, stored = _add_and_merge(build, trained, asked, on_disk, folder)
@@ -145,6 +147,21 @@ def _build(build: Build) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ steps
+
+
+@contextmanager
+def _local_folder(build: Build) -> Iterator[str]:
+    """An empty folder below the cache for the files of the index; what a killed attempt left there is removed."""
+    home = home_of(build.source.storage, INDEX_PARTS, build.settings.resources.cache)
+    folder = copy_in(home, build.source.lineage.fingerprint, "merge")
+    with kept_in(home, "the index while it is merged"):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    remove_others(folder)
+    try:
+        yield str(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _merges_on_disk(build: Build, empty: faiss.Index) -> bool:
@@ -229,6 +246,8 @@ def _add_and_merge(
     local = [os.path.join(folder, name) for name in names]
     if None in stored:
         with build.timed("merge"), progress("index: merge", build.source.embeddings.num_rows):
+            with kept_in(Path(folder), "the index while it is merged"):  # FAISS dies where a file it maps cannot grow
+                check_room(Path(folder), building.merge_bytes(source, made, build.choice.bytes))
             if in_parts:
                 index = building.merge_parts(source, made, folder, local[1] if on_disk else None)
             else:

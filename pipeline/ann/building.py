@@ -232,6 +232,13 @@ def true_neighbours(source: Source, made: Sequence[Part]) -> Exact:
 # ------------------------------------------------------------------------------------------------ one index
 
 
+def merge_bytes(source: Source, made: Sequence[Part], whole: int) -> int:
+    """Local disk that an index of so many bytes and its keys take while they are merged, with parts from elsewhere."""
+    keys = sum(part.keys.bytes for part in made)
+    fetched = 0 if source.storage.is_local else keys + sum(part.index.bytes for part in made if part.index is not None)
+    return whole + keys + fetched
+
+
 def merge_parts(source: Source, made: Sequence[Part], folder: str, lists_file: str | None) -> faiss.Index:
     """All parts as one index: in memory or, with lists_file, its lists in that file of folder."""
     files = [source.fetch(part.index, folder) for part in made if part.index is not None]

@@ -690,8 +690,8 @@ class IndexResources(Section):
     threads: PositiveInt | None = None
     """Threads of the driver while it trains, merges and measures, when no task runs. None: resources.threads."""
     merge_memory: ByteSize = ByteSize(8 * 2**30)
-    """An index of more bytes is merged on the driver's disk, and its lists are a file of their own; of the kinds that
-    factory auto chooses from, one that cannot be is left out then."""
+    """An index of more bytes is merged on the driver's disk, in resources.cache, and its lists are a file of their own;
+    of the kinds that factory auto chooses from, one that cannot be is left out then."""
 
 
 class ReleasesResources(Section):
@@ -725,7 +725,8 @@ class Resources(Section):
     """Folder of this run: any fsspec URL; all below it is ours. Relative paths start at the settings file. May be left
     out where site is given: it is then runs/manual of that."""
     cache: str | None = None
-    """Local folder for memory-mapped copies, shared by the processes of a host; None: one in the temporary folder."""
+    """Local folder for memory-mapped copies, shared by the processes of a host, and on the driver for the index while
+    it is merged and stored; None: one in the temporary folder."""
     rows_per_shard: PositiveInt = 100_000
     """Items or users of a stored shard: what one task holds in memory. Changing it rebuilds datasets."""
     events_per_shard: PositiveInt = 1_000_000

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import faiss
@@ -15,12 +18,14 @@ from pyspark import SparkContext
 from pipeline import index
 from pipeline.ann import building, recall, training
 from pipeline.contracts import datasets
-from pipeline.contracts.errors import DataError, SettingsError
+from pipeline.contracts.datasets import Shard
+from pipeline.contracts.errors import DataError, SettingsError, StorageError
 from pipeline.contracts.schemas import EMBEDDINGS, INDEX, INDEX_LOG, INDEX_PARTS, INDEX_STAGE
 from pipeline.contracts.storage import Storage
 from pipeline.index import Index
-from tests.embeddings import KINDS, build, clustered, make_settings, uniform, write_embeddings
+from tests.embeddings import KINDS, LINEAGE, build, clustered, make_settings, uniform, write_embeddings
 
+Usage = namedtuple("Usage", "total used free")
 FAST = "IVF64(PQ8x4fs,RFlat),PQ8x4fsr,Refine(SQfp16)"
 
 
@@ -140,6 +145,45 @@ def test_an_index_too_large_for_the_drivers_memory_is_merged_on_disk(spark: Spar
     assert opened[0].recall["recall"] == opened[1].recall["recall"]
     with pytest.raises(SettingsError, match=r"more than resources.index.merge_memory \(1,000\).*cannot keep this kind"):
         build(spark, Storage(str(moved)), {"merge_memory": 1000}, factory=FAST)
+
+
+@pytest.mark.parametrize(("factory", "resources"), [("IVF32,Flat", {"merge_memory": 1000}), ("HNSW16", {})])
+def test_a_disk_that_cannot_hold_the_index_is_said_before_it_is_merged(
+    spark: SparkContext, storage: Storage, monkeypatch: pytest.MonkeyPatch, factory: str, resources: dict[str, int]
+) -> None:
+    write_embeddings(storage, clustered(2000))
+    cache = Path(f"{storage.url}-cache")
+    left = cache / "0123456789ab" / "index-parts" / f"{'0' * 24}-merge"  # by a build that was killed long ago
+    left.mkdir(parents=True)
+    os.utime(left, (0, 0))
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: Usage(1 << 30, 1 << 30, 1 << 20))
+        wanted = (
+            rf"cannot keep the index while it is merged in {cache}.*: about [\d,]+ more bytes are needed and 1,048,576 "
+            "are free; make room there or set resources.cache"
+        )
+        with pytest.raises(StorageError, match=wanted):
+            build(spark, storage, resources, factory=factory)
+    assert [path for path in cache.rglob("*") if path.is_file()] == []
+    merge, folders = faiss.write_index, []
+
+    def watched(merged: faiss.Index, file: str) -> None:
+        folders.append(Path(file).parent)
+        merge(merged, file)
+
+    monkeypatch.setattr(faiss, "write_index", watched)
+    build(spark, storage, resources, factory=factory)
+    assert cache in folders[0].parents
+    assert not folders[0].exists()
+    assert not left.exists()
+
+
+def test_parts_that_lie_elsewhere_are_counted_where_they_are_merged(tmp_path: Path) -> None:
+    shard = Shard("x", 0, 1000, "0")
+    made = [building.Part(shard, replace(shard, bytes=10), shard)] * 3
+    for url, needed in ((str(tmp_path), 2700 + 30), ("memory://far", 2700 + 30 + 3000 + 30)):
+        source = building.Source(Storage(url), None, LINEAGE, 1)  # type: ignore[arg-type]
+        assert building.merge_bytes(source, made, 2700) == needed
 
 
 def test_an_index_built_again_in_memory_has_nothing_of_the_lists_merged_on_disk(
