@@ -126,7 +126,7 @@ def tune(
     for factor in reversed(k_factors(index) or (0,)):
         before, found = 0, None
         for width in values:
-            if best is not None and 2 * width <= best["width"]:
+            if best is not None and width and 2 * width <= best["width"]:
                 before = width  # with more re-ranked it was not enough
                 continue
             point = tuner.plan(width, factor)

@@ -79,6 +79,18 @@ def test_the_cheapest_search_that_is_enough_is_taken(factory: str) -> None:
     assert tune(index, vectors[queries], queries, exact_of(vectors, queries), 10, 0.97)[0] == search
 
 
+def test_where_there_are_no_lists_no_more_is_re_ranked_than_is_enough() -> None:
+    vectors = clustered(3000)
+    index = training.train(vectors, "SQ4,RFlat", seed=1)
+    index.add(vectors)
+    queries = np.arange(0, 3000, 5)
+    search, tried = tune(index, vectors[queries], queries, exact_of(vectors, queries), 10, 0.97)
+    enough = {point["search"]["k_factor"]: point["enough"] for point in tried}
+    assert 1 < search["k_factor"] < 64
+    assert enough == {factor: factor >= search["k_factor"] for factor in enough}
+    assert search["k_factor"] // 2 in enough
+
+
 def test_a_target_out_of_reach_gives_the_best_there_is() -> None:
     vectors = uniform(2000)
     index = training.train(vectors, "IVF8,PQ4x4", seed=1)
