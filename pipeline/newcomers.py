@@ -69,13 +69,21 @@ class Newcomers:
         return np.where(known[places] == hashes, order[places], -1)
 
     def embed(self, content: pa.Table, users: Sequence[NDArray[np.integer]] | None = None) -> NDArray[np.float32]:
-        """Embeddings [n, d] of items of this content, as the table CONTENT has it, touched by these users' ids."""
+        """Embeddings [n, d] of items of this content, as the table CONTENT has it, touched by these users' ids.
+
+        As in the graph, an item of fewer users than task.graph.min_item_degree has no neighbours, and one of more than
+        max_item_degree keeps so many; of a new item nobody knows when, so these are drawn.
+        """
         rows = [np.unique(own) for own in users] if users is not None else [np.zeros(0, np.int64)] * content.num_rows
         degrees = np.array([len(row) for row in rows], np.int64)
         encoded = self._encoders.encode(content.append_column("degree", pa.array(degrees)))
         features = as_single(self._encoders.narrow(encoded, np.dtype(self._settings.task.features.dtype)))
         result = np.zeros((len(features), self._settings.task.model.output_dimensions), np.float32)
-        alone, others = np.flatnonzero(degrees == 0), np.flatnonzero(degrees > 0)
+        limits = self._settings.task.graph
+        is_alone = degrees < limits.min_item_degree
+        alone, others = np.flatnonzero(is_alone), np.flatnonzero(~is_alone)
+        if limits.max_item_degree:
+            rows = [_some(row, limits.max_item_degree, self._settings.task.seed) for row in rows]
         if len(alone):
             nobody = np.zeros((len(alone), 1), np.int64), np.zeros((len(alone), 1), np.float32)
             result[alone] = self.through(features[alone], nobody)
@@ -184,3 +192,11 @@ def _even_shares(count: int) -> NDArray[np.uint32]:
     return (((np.arange(1, count + 1, dtype=np.uint64)) << np.uint64(32)) // np.uint64(count) - np.uint64(1)).astype(
         np.uint32
     )
+
+
+def _some(users: NDArray[np.integer], most: int, seed: int) -> NDArray[np.integer]:
+    """At most so many of them, ascending."""
+    if len(users) <= most:
+        return users
+    drawn: NDArray[np.integer] = np.sort(np.random.default_rng(seed).choice(users, most, replace=False))
+    return drawn

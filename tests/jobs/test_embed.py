@@ -96,6 +96,20 @@ def finished_neighbours(shop: Shop, vectors: np.ndarray) -> list[str]:
     return Index.open(str(shop.run)).search(vectors, 10)[0][0]
 
 
+@pytest.mark.parametrize(("limit", "holds"), [("min_item_degree", (9, 8)), ("max_item_degree", (3, 8))])
+def test_the_graphs_limits_hold_for_new_items_too(
+    finished: Shop, embedder: Embedder, limit: str, holds: tuple[int, int]
+) -> None:
+    """Else one would have neighbours tonight, and none in tomorrow's run."""
+    users = {"new mug": [f"basket {user:04d}" for user in range(1, 49, 6)]}
+    expected = embedder.embed([NEW_MUG], users)[1]
+    within, beyond = (
+        Embedder.open(load_settings(str(finished.settings_file), [f"task.graph.{limit}={number}"])) for number in holds
+    )
+    assert np.array_equal(beyond.embed([NEW_MUG], users)[1], expected)
+    assert not np.allclose(within.embed([NEW_MUG], users)[1], expected)
+
+
 def test_users_that_the_graph_does_not_know_say_nothing(embedder: Embedder) -> None:
     _, alone = embedder.embed([NEW_MUG])
     _, touched = embedder.embed([NEW_MUG], {"new mug": ["nobody", "basket 9999"], "other": ["basket 0001"]})
