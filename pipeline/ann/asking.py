@@ -16,7 +16,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.ann.searching import MORE_K_FACTORS, Search, parameters, widths
+from pipeline.ann.searching import MORE_K_FACTORS, Search, parameters, takes_selectors, widths
 
 FEW_DENIED = 256
 """So many are asked for beyond k and dropped from what is found, which tells how deep it had to go."""
@@ -42,13 +42,16 @@ class Filter:
     selector: Any
 
     @classmethod
-    def of(cls, num_rows: int, allowed: Rows | None, denied: Rows) -> Filter:
-        """Of rows that are allowed, None for all, and not denied."""
-        if allowed is not None:
+    def of(cls, index: faiss.Index, num_rows: int, allowed: Rows | None, denied: Rows) -> Filter:
+        """Of rows that are allowed, None for all, and not denied. Of a kind that takes no selector all is asked for."""
+        told = takes_selectors(index)
+        if allowed is not None and told:
             rows = np.setdiff1d(allowed, denied)
             return cls(num_rows, rows, False, faiss.IDSelectorBatch(rows))
         rows = np.unique(denied)
-        selector = faiss.IDSelectorNot(faiss.IDSelectorBatch(rows)) if len(rows) > FEW_DENIED else None
+        if allowed is not None:
+            rows = np.union1d(rows, np.setdiff1d(np.arange(num_rows), allowed))
+        selector = faiss.IDSelectorNot(faiss.IDSelectorBatch(rows)) if told and len(rows) > FEW_DENIED else None
         return cls(num_rows, rows, True, selector)
 
     @property

@@ -107,7 +107,7 @@ class Index:
         hidden = own if exclude_self else np.full(len(own), -1)
         allowed = None if allow is None else self.keys.known_rows(allow, "allow")
         denied = self.keys.known_rows(() if deny is None else deny, "deny")
-        only = Filter.of(len(self.keys), allowed, denied)
+        only = Filter.of(self.faiss_index, len(self.keys), allowed, denied)
         k = min(k, only.left)
         if k < 1:
             return [[] for _ in vectors], [[] for _ in vectors]

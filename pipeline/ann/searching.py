@@ -48,6 +48,11 @@ def more_k_factors(index: faiss.Index) -> Sequence[int]:
     return MORE_K_FACTORS if k_factors(index) else ()
 
 
+def takes_selectors(index: faiss.Index) -> bool:
+    """Whether FAISS can be told what not to find: not of 4-bit blocks and product quantizers without lists."""
+    return not isinstance(split(index)[0], (faiss.IndexPQ, faiss.IndexFastScan))
+
+
 def parameters(index: faiss.Index, search: Search, selector: Any = None) -> faiss.SearchParameters | None:
     """A call's parameters; selector is a faiss.IDSelector or None. The caller keeps the selector alive."""
     base, refine = split(index)

@@ -150,3 +150,17 @@ def test_few_that_are_denied_are_dropped_with_the_result_of_telling_faiss(
     told = opened.search(keys, 10, deny=denied)[0]
     assert not {key for line in dropped for key in line} & set(denied)
     assert np.mean([len(set(one) & set(other)) for one, other in zip(dropped, told, strict=True)]) > 9
+
+
+@pytest.mark.parametrize("factory", ["PQ8x4", "PQ8x4fs", "PQ8x4fs,RFlat", "SQ8"])
+def test_kinds_that_faiss_cannot_filter_are_filtered_too(tmp_path: Path, factory: str) -> None:
+    vectors = clustered(2000)
+    opened = built(tmp_path, vectors, factory)
+    order = [int(key[5:]) for key in opened.search(vectors[:1], 2000)[0][0]]
+    allowed = np.arange(0, 2000, 5)
+    best = [row for row in order if row % 5 == 0]
+    assert opened.search(vectors[:1], 400, allow=named(allowed))[0][0] == named(np.array(best))
+    assert set(opened.search(vectors[:1], 500, allow=named(allowed))[0][0]) == set(named(allowed))
+    near = named(np.array(order[:1000]))
+    assert set(opened.search(vectors[:1], 1000, deny=near)[0][0]) == set(named(np.array(order[1000:])))
+    assert opened.search(vectors[:1], 10, allow=near, deny=near[1:])[0] == [near[:1]]
