@@ -26,7 +26,7 @@ import numpy as np
 from pyspark import SparkContext
 
 from pipeline import report
-from pipeline.ann import building, parts, recall, training
+from pipeline.ann import building, parts, recall, training, trial
 from pipeline.ann.building import TRAINED, Part, Queries, Source
 from pipeline.ann.choice import Choice, check_given, choose, make
 from pipeline.ann.devices import Floats, uses_gpu
@@ -111,7 +111,9 @@ def choose_index(settings: Settings, num_vectors: int, width: int, gpu: bool) ->
     if task.factory == "auto":
         merging = int(settings.resources.index.merge_memory)
         return choose(num_vectors, width, task.memory, task.recall_target, task.train_rows, gpu, merging)
-    return check_given(task.factory, num_vectors, width, task.memory)
+    choice = check_given(task.factory, num_vectors, width, task.memory)
+    trial.attempt(task.factory, width)
+    return choice
 
 
 def _build(build: Build) -> None:

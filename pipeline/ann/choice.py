@@ -9,6 +9,7 @@ among them: its training took nine tenths of a build and bought nothing.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from math import log2
 
@@ -161,7 +162,8 @@ def make(factory: str, width: int) -> faiss.Index:
 
 def reason(error: Exception) -> str:
     """What a FAISS exception says, without its C++ function and file."""
-    return str(error).strip().splitlines()[-1].rpartition("Error: ")[2].strip()
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return re.sub(r"^Error in .* at \S+:\d+: ", "", lines[-1].rpartition("Error: ")[2].strip())
 
 
 def coarse(width: int) -> str:

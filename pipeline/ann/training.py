@@ -82,18 +82,25 @@ def train(sample: Floats, factory: str, seed: int, gpu: bool = False) -> faiss.I
     if index.is_trained:
         return index
     try:
-        if lists is not None and outer_lists(index) is not None:
-            _train_lists(lists, sample, int(np.random.default_rng([seed, 2]).integers(2**31)), gpu)
-        elif lists is not None:  # behind a transformation: FAISS trains both, in one level
-            lists.cp.min_points_per_centroid = 1
-            lists.cp.seed = int(np.random.default_rng([seed, 2]).integers(2**31))
-        rows = np.arange(size) if lists is None or lists.quantizer.ntotal == 0 else _spread(size, CODE_ROWS)
-        index.train(np.ascontiguousarray(sample[rows]))
+        fit(index, sample, seed, gpu)
     except RuntimeError as error:
         raise SettingsError(
             f"task.index.factory {factory}: FAISS cannot train it on {size:,} vectors ({reason(error)}); use auto"
         ) from None
     return index
+
+
+def fit(index: faiss.Index, sample: Floats, seed: int, gpu: bool = False) -> None:
+    """Train an index: its centroids as we do, its codes as FAISS does. Raises RuntimeError if FAISS cannot."""
+    lists = inverted_lists(index)
+    if lists is not None and outer_lists(index) is not None:
+        _train_lists(lists, sample, int(np.random.default_rng([seed, 2]).integers(2**31)), gpu)
+    elif lists is not None:  # behind a transformation: FAISS trains both, in one level
+        lists.cp.min_points_per_centroid = 1
+        lists.cp.seed = int(np.random.default_rng([seed, 2]).integers(2**31))
+    size = len(sample)
+    rows = np.arange(size) if lists is None or lists.quantizer.ntotal == 0 else _spread(size, CODE_ROWS)
+    index.train(np.ascontiguousarray(sample[rows]))
 
 
 def few_points(index: faiss.Index, size: int) -> str | None:

@@ -9,6 +9,7 @@ import signal
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -165,11 +166,11 @@ def test_a_disk_that_cannot_hold_the_index_is_said_before_it_is_merged(
         with pytest.raises(StorageError, match=wanted):
             build(spark, storage, resources, factory=factory)
     assert [path for path in cache.rglob("*") if path.is_file()] == []
-    merge, folders = faiss.write_index, []
+    merge, folders = faiss.write_index, list[Path]()
 
-    def watched(merged: faiss.Index, file: str) -> None:
-        folders.append(Path(file).parent)
-        merge(merged, file)
+    def watched(merged: faiss.Index, target: Any, *more: Any) -> None:
+        folders.extend([Path(target).parent] if isinstance(target, str) else [])
+        merge(merged, target, *more)
 
     monkeypatch.setattr(faiss, "write_index", watched)
     build(spark, storage, resources, factory=factory)
@@ -380,6 +381,14 @@ def test_a_budget_that_cannot_hold_the_index_is_refused_before_any_task(storage:
         build(nobody, storage, memory=100_000)
     with pytest.raises(SettingsError, match=r"IVF8,Flat takes about 216,512 bytes .* task.index.memory is 100,000"):
         build(nobody, storage, memory=100_000, factory="IVF8,Flat")
+
+
+def test_a_factory_that_cannot_be_filtered_is_refused_before_any_task(storage: Storage) -> None:
+    write_embeddings(storage, clustered(3000))
+    nobody: SparkContext = None  # type: ignore[assignment]
+    with pytest.raises(SettingsError, match=r"task.index.factory IVF32,RQ4x4: FAISS cannot filter"):
+        build(nobody, storage, factory="IVF32,RQ4x4")
+    assert storage.names(INDEX_PARTS) == []
 
 
 @pytest.mark.parametrize("factory", ["HNSW16", "IVF8,PQ4x4", "PCA8,IVF8,Flat", "IVF8,SQ8", "PQ8x4"])
