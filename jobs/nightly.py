@@ -130,12 +130,12 @@ class Steps:
 
     def begin(self) -> Night | None:
         """Decide, or take the decision of the interrupted night; None if the night has ended with the same data."""
-        pointer = self.catalogue.pointer()[1]
-        live = pointer.release
         names = night.attempts(self.site, self.name)
         last = night.read(self.site, names[-1]) if names else None
         ended = summary.read(self.site, self.name)
         has_ended = ended is not None and last is not None and ended["run"] == last.run and _is_final(ended)
+        pointer = self.catalogue.kept_pointer(own=() if has_ended else names[-1:])
+        live = pointer.release
         if last is not None and live == last.run and not has_ended:
             return last  # published, and killed before it could say so
         before = None if live is None else night.read(self.site, live)
@@ -222,7 +222,7 @@ class Steps:
         """Gate, publish, tidy up, tell; the exit code."""
         settings = night.settings_of(tonight, self.settings, self.site.url)
         run = Storage(settings.resources.run)
-        live = self.catalogue.pointer()[1].release
+        live = self.catalogue.kept_pointer(own=(tonight.run,)).release
         if live == tonight.run:  # a kill between publishing and telling
             verdict = _verdict(run)
         else:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import datetime
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -71,9 +71,27 @@ class Catalogue:
         except FileNotFoundError:
             return None, Pointer()
 
+    def kept_pointer(self, own: Collection[str] = ()) -> Pointer:
+        """The pointer. Raises DataError if it is gone: nothing lies there, and records do, of others than own.
+
+        own: releases that may be a first one, whose publisher was killed between its record and the pointer.
+        """
+        stored, pointer = self.pointer()
+        if stored is None and (others := sorted(set(self.names()) - set(own))):
+            stored, pointer = self.pointer()  # the first publisher may have ended since
+            if stored is None:
+                raise self._gone(others)
+        return pointer
+
+    def _gone(self, names: Sequence[str]) -> DataError:
+        return DataError(
+            f"{self.storage.locate(LIVE)} is gone, expected beside the records of {', '.join(names)}: nobody knows "
+            "which release is live; `pinsage rollback RELEASE` writes it anew"
+        )
+
     def live(self) -> Pointer:
         """The pointer, if it names a release."""
-        _, pointer = self.pointer()
+        pointer = self.kept_pointer()
         if pointer.release is None:
             raise DataError(f"{self.storage.url} has no live release yet; `pinsage publish` makes a run one")
         checked_id(pointer.release)
@@ -145,7 +163,7 @@ class Catalogue:
         found: list[Listed] = []
         problems: list[str] = []
         try:
-            pointer = self.pointer()[1]
+            pointer = self.kept_pointer()
         except DataError as error:
             problems.append(str(error))
             pointer = Pointer(withdrawn=tuple(self.names()))
@@ -173,10 +191,11 @@ class Catalogue:
         """Make a run below the site's runs/ the live release; run is its URL or its name.
 
         verify reads every byte; force publishes what the gate refused, and the record says so. Raises DataError if the
-        run is not whole, ConflictError if the pointer was moved meanwhile. A release that is live already stays so.
+        run is not whole or the pointer is gone, ConflictError if it was moved meanwhile. A release that is live already
+        stays so.
         """
         release = self.id_of(run)
-        _, seen = self.pointer()
+        seen = self.kept_pointer(own=(release,))
         _refuse_collected(release, seen)
         record = self._examine(release, verify, force)
         if seen.release is None:
@@ -249,10 +268,12 @@ class Catalogue:
     def change(self, change: Change, seen: Pointer | None = None, action: str = "") -> Pointer:
         """Replace the pointer by what change makes of it, unless somebody has moved it since it was seen.
 
-        seen None: whoever moved it. Raises ConflictError, naming who was quicker.
+        seen None: whoever moved it. Raises ConflictError, naming who was quicker, DataError if it was deleted.
         """
         while True:
             stored, now = self.pointer()
+            if stored is None and (seen is None or seen.sequence):
+                raise self._gone(self.names())
             if seen is not None and now.sequence != seen.sequence:
                 when = datetime.datetime.fromtimestamp(now.moved_at).isoformat(sep=" ", timespec="seconds")
                 raise ConflictError(

@@ -54,7 +54,7 @@ def make_plan(
 
     Raises DataError for anything that cannot be read: what is not understood is not deleted.
     """
-    _, pointer = catalogue.pointer()
+    pointer = catalogue.kept_pointer()
     storage, now = catalogue.storage, catalogue.clock()
     records = {name: catalogue.record(name) for name in catalogue.names()}
     released = {name: now - record.created_at for name, record in records.items() if name in pointer.released}

@@ -146,6 +146,17 @@ def test_the_second_reads_what_is_new_and_keeps_the_model(site: Site) -> None:
     assert (back.exit_code, site.live()) == (0, NIGHTS[0]), back.text
 
 
+def test_no_night_begins_while_the_pointer_is_gone(site: Site) -> None:
+    """It would go on from nothing, as the first of the site."""
+    (site.site / "releases" / "live.json").unlink()
+    site.deliver(NIGHTS[1])
+    outcome = site.night(NIGHTS[1])
+    assert (outcome.exit_code, "live.json is gone" in outcome.text) == (1, True), outcome.text
+    assert not (site.site / "runs" / NIGHTS[1]).exists()
+    assert site.pinsage("rollback", NIGHTS[0]).exit_code == 0
+    assert site.live() == NIGHTS[0]
+
+
 def test_a_bad_night_is_refused_told_of_and_made_good_by_the_next(site: Site, listener: list[dict[str, Any]]) -> None:
     site.deliver(NIGHTS[1], later=365 * DAY)
     outcome = site.night(NIGHTS[1])

@@ -209,11 +209,24 @@ def test_a_pointer_that_is_not_ours_is_refused_until_it_is_mended(place: str) ->
         assert ([one.record.release for one in listed], len(problems)) == (["a", "b"], 1)
         assert catalogue.rollback("b").release == "b"
         assert catalogue.live().stack == ("a", "b")
+
+
+def test_a_pointer_that_is_gone_is_no_site_without_releases(place: str) -> None:
+    """Or the next publisher would begin a stack of its own, and `gc` delete all that is below."""
+    catalogue = published(place, "a", "b")
+    seen = catalogue.live()
     catalogue.storage.delete(LIVE)
-    with pytest.raises(DataError, match="has no live release yet"):
-        catalogue.live()
+    write_run(place, "c", 2)
+    change = lambda: catalogue.change(lambda pointer: pointer, seen)  # noqa: E731
+    for call in (catalogue.live, lambda: catalogue.publish("c"), lambda: catalogue.publish("b"), change):
+        with pytest.raises(DataError, match=r"live.json is gone, .* records of a.*`pinsage rollback RELEASE` writes"):
+            call()
+    listed, problems = catalogue.releases()
+    assert ([one.record.release for one in listed], len(problems)) == (["a", "b"], 1)
+    assert catalogue.names() == ["a", "b"]
     catalogue.rollback("a")
     assert (catalogue.live().stack, catalogue.live().withdrawn) == (("a",), ("b",))
+    assert catalogue.publish("c").release == catalogue.live().release == "c"
 
 
 def test_a_pointer_of_another_version_or_to_elsewhere_is_refused(place: str) -> None:

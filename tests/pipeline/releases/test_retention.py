@@ -147,6 +147,27 @@ def test_what_is_not_understood_is_not_deleted(place: str) -> None:
     assert runs(place) == list(NIGHTS)
 
 
+def test_nothing_is_deleted_while_the_pointer_is_gone(place: str) -> None:
+    catalogue = nightly(place)
+    catalogue.storage.delete(LIVE)
+    with pytest.raises(DataError, match=r"live.json is gone"):
+        collect(in_days(place, 99), 1, 0.0, 0)
+    assert runs(place) == catalogue.names() == list(NIGHTS)
+    catalogue.rollback("n4")
+    assert list(collect(in_days(place, 99), 1, 0.0, 0).releases) == ["n0", "n1", "n2"]
+
+
+def test_a_pointer_that_goes_while_runs_are_deleted_is_not_begun_anew(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalogue = nightly(place)
+    meanwhile(monkeypatch, lambda: catalogue.storage.delete(LIVE), "_delete")
+    with pytest.raises(DataError, match=r"live.json is gone"):
+        collect(in_days(place, 99), 1, 0.0, 0)
+    catalogue.rollback("n4")
+    assert catalogue.live().stack == ("n3", "n4")
+
+
 def meanwhile(patch: pytest.MonkeyPatch, event: Callable[[], object], name: str) -> None:
     """Let an event happen right before one of `collect`'s steps."""
     plain = getattr(retention, name)
