@@ -38,6 +38,7 @@ from pipeline.contracts import schemas
 from pipeline.contracts.config import Settings, load_settings, select
 from pipeline.contracts.datasets import Lineage, find_manifest, open_manifest, read_file, withdraw_broken
 from pipeline.contracts.errors import DataError, PipelineError, ResourceError
+from pipeline.contracts.safety import printable, redact
 from pipeline.contracts.storage import Storage
 from pipeline.inference.ways import let_go
 from pipeline.nightly import lock, night, summary
@@ -195,7 +196,8 @@ class Steps:
             raise
         except Exception as error:
             with suppress(PipelineError):
-                self._tell(tonight, "failed", [str(error) if isinstance(error, PipelineError) else repr(error)])
+                said = str(error) if isinstance(error, PipelineError) else printable(redact(repr(error)))
+                self._tell(tonight, "failed", [said])
             raise
 
     def _stages_and_finish(self, tonight: Night, settings: Settings, forced: Force | None) -> int:
@@ -296,7 +298,7 @@ class Steps:
             self.site.write_bytes(path, page.render(told, nights, seen).encode())
             console.print(f"report: {self.site.locate(path)}", soft_wrap=True)
         except Exception as error:
-            console.print(f"[yellow]no report:[/] {escape(repr(error))}", soft_wrap=True)
+            console.print(f"[yellow]no report:[/] {escape(printable(redact(repr(error))))}", soft_wrap=True)
 
 
 def _verdict(run: Storage) -> dict[str, Any]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -88,23 +88,28 @@ def prometheus(summary: Mapping[str, Any]) -> str:
 
 
 def notify(summary: Mapping[str, Any]) -> str:
-    """Send the summary to the webhook of the environment, if there is one; what went wrong, in words, or nothing."""
+    """Send the summary to the webhook of the environment, if there is one; what went wrong, in words, or nothing.
+
+    Whatever the address is and whoever answers there, the night has ended as it did; the words hold nothing secret.
+    """
     url = os.environ.get(WEBHOOK, "")
     if not url:
         return ""
-    parts = urlsplit(url)
-    shown = f"{parts.scheme}://{parts.hostname}"
-    if parts.scheme not in ("http", "https"):
+    headers = {"Content-Type": "application/json"}
+    try:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("not of the web")
+        request = urllib.request.Request(url, json.dumps(summary).encode(), headers, method="POST")
+    except ValueError:
         return f"{WEBHOOK} is no http or https address: nobody was told"
-    request = urllib.request.Request(
-        url, json.dumps(summary).encode(), {"Content-Type": "application/json"}, method="POST"
-    )
     problem = ""
     for attempt in range(_ATTEMPTS):
         try:
             with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS):
                 return ""
-        except (OSError, urllib.error.URLError, ValueError) as error:
-            problem = f"{shown} did not take the summary: {type(error).__name__} {getattr(error, 'code', '')}".rstrip()
+        except (OSError, http.client.HTTPException, ValueError) as error:  # their words may have the path
+            told = f"{type(error).__name__} {getattr(error, 'code', '')}".rstrip()
+            problem = f"{parts.scheme}://{parts.hostname} did not take the summary: {told}"
             time.sleep(attempt)
     return problem

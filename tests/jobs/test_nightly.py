@@ -17,10 +17,13 @@ import pytest
 import yaml
 from pyspark import SparkContext
 
+from jobs import nightly
 from pipeline import index
 from pipeline.contracts import schemas
+from pipeline.contracts.config import parse_settings
 from pipeline.contracts.datasets import open_manifest
 from pipeline.contracts.storage import Storage
+from pipeline.nightly import night
 from pipeline.releases.catalogue import Catalogue
 from tests.jobs.conftest import Outcome, Shop
 from tests.synthetic import shop_settings, write_shop
@@ -266,6 +269,19 @@ def test_a_scheduler_may_take_the_steps(site: Site) -> None:
         assert outcome.exit_code == 0, outcome.text
     outcome = site.pinsage("nightly", "finish", "--night", NIGHTS[1])
     assert (outcome.exit_code, site.live()) == (0, NIGHTS[1]), outcome.text
+
+
+def test_what_a_night_failed_of_is_told_without_secrets(tmp_path: Path) -> None:
+    """Also of an error that is not ours, whose words may be anything."""
+    write_shop(tmp_path)
+    settings = parse_settings(shop_settings(tmp_path, tmp_path / "run"))
+    steps = nightly.Steps(Storage(str(tmp_path / "site")), settings, NIGHTS[0])
+    tonight = night.decide(settings, NIGHTS[0], NIGHTS[0], None, None, night.snapshot(settings))
+    with pytest.raises(RuntimeError), steps.failing(tonight):
+        raise RuntimeError("cannot read s3://KEY:s3cr3t@bucket/shop")
+    told = (tmp_path / "site" / "nights" / f"{NIGHTS[0]}.json").read_text()
+    assert "cannot read s3://***@bucket/shop" in told
+    assert "s3cr3t" not in told + (tmp_path / "site" / "nights" / f"{NIGHTS[0]}.html").read_text()
 
 
 class Steps(Shop):

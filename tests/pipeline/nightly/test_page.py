@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
+import socketserver
 import subprocess
+import threading
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -105,11 +108,19 @@ def test_the_plane_keeps_what_varies_most() -> None:
     np.testing.assert_array_equal(page.flattened(np.ones((1, 3))), np.zeros((1, 2)))
 
 
-def test_an_address_that_nobody_answers_is_said_without_its_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_that_nobody_answers_is_said_without_its_secret(
+    speaks_no_http: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("pipeline.nightly.summary.time.sleep", lambda _: None)
     for url, told in (
         ("http://127.0.0.1:9/s3cr3t", "http://127.0.0.1 did not take"),
-        ("file:///etc/passwd", "no http"),
+        (f"http://{speaks_no_http}/s3cr3t", "http://127.0.0.1 did not take the summary: BadStatusLine"),
+        ("http://127.0.0.1/s3cr3t and more", "http://127.0.0.1 did not take the summary: InvalidURL"),
+        ("http://127.0.0.1:s3cr3t/", "http://127.0.0.1 did not take the summary: InvalidURL"),
+        ("http://127.0.0.1:9/s3cr3t\u00e9", "http://127.0.0.1 did not take"),
+        ("http://[s3cr3t/", "no http"),
+        ("http:///s3cr3t", "no http"),
+        ("file:///etc/s3cr3t", "no http"),
     ):
         monkeypatch.setenv(summary.WEBHOOK, url)
         problem = notify(night("2011-03-05"))
@@ -117,3 +128,18 @@ def test_an_address_that_nobody_answers_is_said_without_its_secret(monkeypatch: 
         assert "s3cr3t" not in problem
     monkeypatch.delenv(summary.WEBHOOK)
     assert notify(night("2011-03-05")) == ""
+
+
+@pytest.fixture
+def speaks_no_http() -> Iterator[str]:
+    """Host and port of a server that answers in another language."""
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            self.rfile.readline()
+            self.wfile.write(b"220 ready\r\n")
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
