@@ -63,6 +63,7 @@ class Lock:
     def __init__(self, storage: Storage, holder: Holder, stored: bytes) -> None:
         self._storage, self._holder, self._stored = storage, holder, stored
         self._ended = threading.Event()
+        self._writing = threading.Lock()  # a beat on its way and the end would each take the other for another night
         self.lost = ""
 
     def check(self) -> None:
@@ -73,24 +74,31 @@ class Lock:
     def beat_until_ended(self, every: float, expiry: float, clock: Callable[[], float]) -> None:
         """Say every few seconds that the holder lives; interrupt the main thread when the lock is lost."""
         while not self._ended.wait(every):
-            now = clock()
-            try:
-                if self._replace(Holder(**{**asdict(self._holder), "beat_at": now})):
-                    continue
-                self.lost = f"{self._storage.locate(LOCK)} was taken over by another night: this one had been silent"
-            except PipelineError as error:
-                if now - self._holder.beat_at < expiry / 2:
-                    continue
-                self.lost = f"the lock could not be kept alive: {error}"
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # a wait in a call ends too
-            return
+            with self._writing:
+                if self._ended.is_set():
+                    return
+                lost = self._beat(clock(), expiry)
+                if lost and not self._ended.is_set():
+                    self.lost = lost
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # a wait in a call ends too
+                    return
+
+    def _beat(self, now: float, expiry: float) -> str:
+        """Say that the holder lives; why the lock is lost, if it is."""
+        try:
+            if self._replace(Holder(**{**asdict(self._holder), "beat_at": now})):
+                return ""
+            return f"{self._storage.locate(LOCK)} was taken over by another night: this one had been silent"
+        except PipelineError as error:
+            return f"the lock could not be kept alive: {error}" if now - self._holder.beat_at >= expiry / 2 else ""
 
     def free(self) -> None:
-        """Let others have it."""
+        """Let others have it, once a beat that is on its way has arrived."""
         self._ended.set()
-        if not self.lost:
-            with suppress(PipelineError):  # it expires by itself
-                self._replace(Holder(**{**asdict(self._holder), "run": "", "beat_at": time.time()}))
+        with self._writing:
+            if not self.lost:
+                with suppress(PipelineError):  # it expires by itself
+                    self._replace(Holder(**{**asdict(self._holder), "run": "", "beat_at": time.time()}))
 
     def _replace(self, holder: Holder) -> bool:
         data = _encode(holder)

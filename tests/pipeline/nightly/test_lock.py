@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -99,6 +100,41 @@ def test_beats_keep_it(storage: Storage) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.01)
         held.check()
+
+
+class Distant(Storage):
+    """Storage whose conditional writes, those of the beat, are on their way until they are let through."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.on_its_way, self.let_through = threading.Event(), threading.Event()
+
+    def write_if(self, path: str, expected: bytes | None, data: bytes) -> bool:
+        if threading.current_thread() is not threading.main_thread():
+            self.on_its_way.set()
+            assert self.let_through.wait(60)
+        return super().write_if(path, expected, data)
+
+
+@pytest.mark.parametrize("taken_over", [False, True])
+def test_a_night_that_ends_while_a_beat_is_on_its_way_ends_well(storage: Storage, taken_over: bool) -> None:
+    """The beat is not taken for another night, nor the end by the beat; and who has ended has nothing to lose."""
+    distant = Distant(storage.url)
+
+    def let_through(held: lock.Lock) -> None:
+        assert held._ended.wait(60)
+        distant.let_through.set()
+
+    with lock.hold(distant, "2011-03-05", "runs/2011-03-05", beat=0.01) as held:
+        assert distant.on_its_way.wait(60)
+        if taken_over:
+            _elsewhere(storage, 0.0)
+        helper = threading.Thread(target=let_through, args=(held,))
+        helper.start()
+    helper.join()
+    assert held.lost == ""
+    found = json.loads(storage.read_bytes(lock.LOCK))
+    assert found["run"] == ("runs/2011-03-04" if taken_over else "")
 
 
 def test_of_many_that_begin_at_once_one_gets_it(storage: Storage) -> None:
