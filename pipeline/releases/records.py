@@ -123,9 +123,14 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def is_id(name: str) -> bool:
+    """Whether it can be a release's id, which becomes part of paths."""
+    return bool(_ID.fullmatch(name)) and ".." not in name and name not in _RESERVED
+
+
 def checked_id(release: str) -> str:
-    """The id, if it can be one: it becomes part of paths. Raises DataError."""
-    if not _ID.fullmatch(release) or ".." in release or release in _RESERVED:
+    """The id, if it can be one. Raises DataError."""
+    if not is_id(release):
         raise DataError(
             f"{release!r} cannot be a release: its id is the name of its run's folder, at most 100 letters, digits, "
             f"dots, dashes and underscores, not {', '.join(sorted(_RESERVED))}; `pinsage releases` lists them"

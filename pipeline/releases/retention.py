@@ -2,10 +2,10 @@
 
 A release goes when it is beyond the newest `keep_count` and older than `keep_days`, and nothing holds it: not live, not
 what a rollback leads to, not pinned, not leased, not named as `task.data.previous` by a run that is still to be
-published. A run that never became a release goes when nothing was written to it for `keep_days`. The pointer says first
-what goes, so that nobody publishes, opens or goes back to it; then leases and pins are looked for again; then the
-record, the manifests and the data go, in this order. Killed anywhere, the next `gc` ends it. Cost: a listing of the
-runs' files.
+published. A run that never became a release goes when nothing was written to it for `keep_days`; what lies below runs/
+and has no run's name stays. The pointer says first what goes, so that nobody publishes, opens or goes back to it; then
+leases and pins are looked for again; then the record, the manifests and the data go, in this order. Killed anywhere,
+the next `gc` ends it. Cost: a listing of the runs' files.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pipeline.contracts.schemas import RESOLVED
 from pipeline.contracts.storage import Storage
 from pipeline.releases.catalogue import Catalogue
 from pipeline.releases.leases import LEASES, all_leases, held
-from pipeline.releases.records import FOLDER, RUNS, Pointer, record_path
+from pipeline.releases.records import FOLDER, RUNS, Pointer, is_id, record_path
 
 DAY = 86_400.0
 LOCK = "lock.json"
@@ -59,6 +59,8 @@ def make_plan(
     records = {name: catalogue.record(name) for name in catalogue.names()}
     released = {name: now - record.created_at for name, record in records.items() if name in pointer.released}
     ages, sizes = _runs(storage, now)
+    strangers = {name for name in ages if not is_id(name)}  # somebody's notes, a file of a desktop
+    ages = {name: age for name, age in ages.items() if name not in strangers}
     old = beyond(released, keep_count, keep_days)
     unpublished = set(ages) - set(released)
     old |= {name for name in unpublished if ages[name] > keep_days * DAY}
@@ -75,7 +77,9 @@ def make_plan(
     reasons = {name: f"previous of {other}" for name, other in needed.items()} | holds
     reasons |= dict.fromkeys(building, "being built") | dict.fromkeys(keep, "named by the settings")
     kept |= {name: reasons[name] for name in set(released) | unpublished if name in reasons}
-    going = (old - set(kept)) | {name for name in pointer.collecting if name not in holds or name not in records}
+    kept |= dict.fromkeys(strangers, "no run's name")
+    begun = {name for name in pointer.collecting if is_id(name)}
+    going = (old - set(kept)) | {name for name in begun if name not in holds or name not in records}
     of_release = {name: sizes.get(name, 0) for name in sorted(going) if name in released or name in pointer.released}
     others = {name: sizes.get(name, 0) for name in sorted(going) if name not in of_release}
     return Plan(of_release, others, {name: kept[name] for name in sorted(kept) if name not in going}), pointer

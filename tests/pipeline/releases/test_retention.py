@@ -6,6 +6,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,21 @@ def test_runs_that_never_became_a_release_go_when_nothing_was_written_to_them(pl
         "n0": "live",
     }  # fmt: skip
     assert runs(place) == ["base", "building", "manual", "n0"]
+
+
+def test_what_has_no_runs_name_stays_and_stops_nothing(place: str) -> None:
+    """Also on a site where it is said already that it goes, as `gc` once did."""
+    catalogue = nightly(place)
+    strangers = (".DS_Store", "live", "my experiment", "x" * 101)
+    for name in strangers:
+        catalogue.storage.write_bytes(f"runs/{name}" if name[0] == "." else f"runs/{name}/notes", b"mine")
+    catalogue.change(lambda pointer: replace(pointer, collecting=("n0", *strangers)))
+    done = collect(in_days(place, 99), 1, 0.0, 0)
+    assert list(done.releases) == ["n0", "n1", "n2"]
+    assert done.runs == {}
+    assert {name: done.kept[name] for name in strangers} == dict.fromkeys(strangers, "no run's name")
+    assert runs(place) == sorted([*strangers, "n3", "n4"])
+    assert (catalogue.live().stack, catalogue.live().collecting) == (("n3", "n4"), ())
 
 
 def test_what_is_not_understood_is_not_deleted(place: str) -> None:
