@@ -26,7 +26,7 @@ from pipeline.releases.records import FOLDER, RUNS, Pointer, is_id, record_path
 
 DAY = 86_400.0
 LOCK = "lock.json"
-"""Of the night in progress: any of its values that is a run's name or ends in `/NAME` keeps that run."""
+"""Of the night in progress: what is named as its run, as its night or, `NIGHT-2`, as an attempt of that stays."""
 
 
 @dataclass(frozen=True)
@@ -144,18 +144,20 @@ def _holds(catalogue: Catalogue, pointer: Pointer, skew: float) -> dict[str, str
 
 
 def _being_built(storage: Storage, names: Sequence[str]) -> set[str]:
-    """The run that the night in progress builds, by its lock."""
+    """The run that the night in progress builds, by its lock, and whatever is named as an attempt of that night."""
     try:
         tree = storage.read_with(LOCK, json.loads)
-        values = {str(value).rstrip("/").rsplit("/", 1)[-1] for value in tree.values()}
+        run, night = str(tree["run"]).rstrip("/").rsplit("/", 1)[-1], str(tree["night"])
     except FileNotFoundError:
         return set()
-    except (ValueError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{storage.locate(LOCK)} is no lock of a night ({error!r}), so nobody knows which run is being built; "
             "delete it when no night runs"
         ) from None
-    return values & set(names)
+    if not run:  # its night has ended
+        return set()
+    return {name for name in names if name in (run, night) or name.startswith(f"{night}-")}
 
 
 def _needed(storage: Storage, runs: Sequence[str]) -> dict[str, str]:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from pipeline.contracts.errors import ConflictError, DataError
 from pipeline.contracts.storage import Storage
+from pipeline.nightly.lock import hold
 from pipeline.releases import retention
 from pipeline.releases.catalogue import Catalogue
 from pipeline.releases.leases import all_leases
@@ -117,7 +118,8 @@ def test_runs_that_never_became_a_release_go_when_nothing_was_written_to_them(pl
     for name in ("refused", "building", "manual", "base"):
         write_run(place, name, 9)
     storage = Storage(place)
-    storage.write_bytes("lock.json", json.dumps({"run": f"{place}/runs/building", "beat": 12.5}).encode())
+    lock = {"run": f"{place}/runs/building", "night": "2011-03-05", "beat": 12.5}
+    storage.write_bytes("lock.json", json.dumps(lock).encode())
     tree = {"task": {"data": {"previous": f"{place}/runs/base"}}}
     storage.write_bytes("runs/building/settings.yaml", yaml.safe_dump(tree).encode())
     assert collect(in_days(place, 13), 1, 14.0, 0, keep=("manual",)).runs == {}
@@ -128,6 +130,18 @@ def test_runs_that_never_became_a_release_go_when_nothing_was_written_to_them(pl
         "n0": "live",
     }  # fmt: skip
     assert runs(place) == ["base", "building", "manual", "n0"]
+
+
+def test_every_attempt_of_the_night_in_progress_stays_until_it_ends(place: str) -> None:
+    """Its lock names the first one, whichever the night goes on with."""
+    nightly(place, ("n0",))
+    attempts, others = ["2011-03-20", "2011-03-20-2"], ["2011-03-2", "2011-03-21"]
+    for name in (*attempts, *others):
+        write_run(place, name, 9)
+    catalogue = in_days(place, 99)
+    with hold(catalogue.storage, "2011-03-20", "runs/2011-03-20"):
+        assert list(collect(catalogue, 1, 1.0, 0).runs) == others
+    assert list(collect(catalogue, 1, 1.0, 0).runs) == attempts
 
 
 def test_what_has_no_runs_name_stays_and_stops_nothing(place: str) -> None:
