@@ -1,7 +1,7 @@
 """One night at a time: a lock on storage that its holder keeps alive.
 
 `lock.json` of the site names the holder and when it last said that it lives; a thread says so every few seconds. A lock
-whose process is known to be gone, on the same host since the same boot, is taken over at once; one that by the clock
+whose process is known to be gone, of the same host, boot and container, is taken over at once; one that by the clock
 was silent for `EXPIRY_SECONDS`, or is of the future, after a while in which it did not change: clocks jump, and those
 of two hosts differ. Every write replaces what the writer saw and nothing else, so of two one wins, and a holder that
 was taken for dead notices at its next beat and stops.
@@ -31,7 +31,10 @@ EXPIRY_SECONDS = 300.0
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds the lock; run is empty where nobody does. process is the pid and when it began, in kernel ticks."""
+    """Who holds the lock; run is empty where nobody does. process is the pid and when it began, in kernel ticks.
+
+    boot is where a pid means that process: a start of the host, and there a container.
+    """
 
     token: str
     night: str
@@ -175,11 +178,13 @@ def _decode(data: bytes, where: str) -> Holder:
 
 
 def _boot() -> str:
-    """What is another after every start of this host; empty where the system does not tell."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
+    """What is another after every start of this host and in every namespace of pids; empty where nothing tells."""
+    found = ""
+    with suppress(OSError):
+        found = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    with suppress(OSError):
+        found += f" {os.readlink('/proc/self/ns/pid')}"
+    return found
 
 
 def _self() -> tuple[int, int]:

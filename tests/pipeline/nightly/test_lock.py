@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,6 +62,21 @@ def test_the_lock_of_a_killed_process_is_free_at_once(storage: Storage) -> None:
     holder.wait()
     with lock.hold(storage, "2011-03-05", "runs/2011-03-05"):
         pass
+
+
+def test_a_process_of_another_container_is_not_known_to_be_gone(storage: Storage) -> None:
+    """Its pid means another process here, or none, though the host's name and boot are the same."""
+    apart = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    if shutil.which("unshare") is None or subprocess.run([*apart, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("no namespace of pids can be made here: that a night in another container is let live is unproved")
+    command = [*apart, sys.executable, "-c", HOLD, storage.url]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment())
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"held\n"
+    with pytest.raises(ConflictError, match="night 2011-03-05 runs on"):
+        lock.take(storage, "2011-03-05", "runs/2011-03-05", time.time, 0.01, 300)
+    holder.kill()
+    holder.communicate()
 
 
 @pytest.mark.parametrize("skew", [-1000.0, 1000.0, 86_400.0])
