@@ -323,7 +323,7 @@ def _set_aside(work: _Work, catalogue: int | None, seen: _Seen) -> None:
         ("items", work.items_plan, catalogue or 0, num_items),
     ):
         _check_share(work.storage, quarantine, kind, plan, num_bad, all_rows, work.data.max_quarantined_share)
-    if not seen.rows:
+    if not seen.rows and work.events_plan:
         raise DataError(f"{', '.join(work.data.interactions.paths)}: no interaction is left to learn from")
 
 
@@ -377,7 +377,7 @@ def _check_share(
 ) -> None:
     """Raise DataError if more than the share of one kind of input is bad, or if there are no interactions at all."""
     urls = {task["url"] for task in plan}
-    if not total and kind == "interactions":
+    if plan and not total and kind == "interactions":
         raise DataError(f"{', '.join(sorted(urls))}: no rows; give files that hold interactions")
     if num_bad <= most * total:
         return
@@ -502,7 +502,7 @@ def _report_unknown(work: _Work, seen: _Seen, items: _Side) -> dict[str, Any]:
     found = work.open(f"{items.name}-numbers").metadata["reports"]
     ranked = sorted((-count, key) for report in found for count, key in report["examples"])
     examples = [key for _, key in ranked[:_EXAMPLES]]
-    if not seen.known:
+    if not seen.known and work.events_plan:
         listing = work.open("catalogue-listed").metadata["reports"]
         some = [key for report in listing for key in report["some"]][:3]
         raise DataError(

@@ -56,8 +56,11 @@ _ARROW_TYPES = {
 def plan_interactions(source: InteractionsSource, rows_per_task: int) -> list[dict[str, Any]]:
     """Check every file and cut the input into tasks of about rows_per_task rows; a row group or text file is never cut.
 
-    Raises DataError naming the file and what is wrong with it.
+    No task where there are no paths, as nothing came since an earlier run. Raises DataError naming the file and what is
+    wrong with it.
     """
+    if not source.paths:
+        return []
     wanted = {getattr(source, name): f"{INTERACTIONS}.{name}" for name in _interaction_columns(source)}
     files = find_files(source.paths, source.format, INTERACTIONS)
     for file in files:

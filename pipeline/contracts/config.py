@@ -31,7 +31,7 @@ def _as_tuple(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 
 
-Paths = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+Paths = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 Format = Literal["auto", "parquet", "csv", "jsonl"]
 
 
@@ -48,7 +48,8 @@ class InteractionsSource(Section):
     """Where the interactions are and what their columns are called."""
 
     paths: Paths
-    """One path, a glob or a list of them; any fsspec URL. Relative paths start at the settings file."""
+    """One path, a glob or a list of them; any fsspec URL. Relative paths start at the settings file. None at all where
+    data.append is true and nothing came."""
     format: Format = "auto"
     """`auto` goes by the file's ending: .parquet, .csv[.gz], .jsonl[.gz] or .ndjson."""
     user: str
@@ -99,7 +100,7 @@ class FeatureColumn(Section):
 class ItemsSource(Section):
     """Where the catalogue is, which column is its key and which are its content."""
 
-    paths: Paths
+    paths: Annotated[Paths, Field(min_length=1)]
     """One path, a glob or a list of them; any fsspec URL. Relative paths start at the settings file."""
     format: Format = "auto"
     """`auto` goes by the file's ending."""
@@ -559,8 +560,8 @@ class Nightly(Section):
     warm_epochs: PositiveInt = 1
     """Epochs of a training that starts from the model before it."""
     append: bool = True
-    """Only files that are new since the live release are read, and added to its interactions. Where one of the others
-    was changed since, and with split.kind random, all are read anew."""
+    """Only files that are new since the live release are read, and added to its interactions; others may be gone. Where
+    one was changed since, and with split.kind random, all are read anew: then none may be gone."""
 
 
 class Task(Section):
@@ -594,6 +595,8 @@ class Task(Section):
             )
         if self.data.append and self.data.previous is None:
             raise ValueError("data.append adds to an earlier run's interactions: name it in data.previous")
+        if not self.data.append and not self.data.interactions.paths:
+            raise ValueError("task.data.interactions.paths is empty: only with data.append may nothing be new")
         if self.data.append and self.split.kind == "random":
             raise ValueError(
                 "data.append would draw the split of an earlier run's interactions anew; set split.kind to temporal or "

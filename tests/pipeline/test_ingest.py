@@ -313,7 +313,7 @@ def test_ids_are_kept_from_an_earlier_run_and_new_keys_appended(
 def test_what_came_since_is_added_as_if_all_were_read(
     spark: SparkContext, tmp_path: Path, with_catalogue: bool
 ) -> None:
-    """Late events and new users among it; afterwards the files of before are not needed."""
+    """Late events and new users among it, or nothing at all; afterwards the files of before are not needed."""
     write_shop(tmp_path / "data", num_users=60)
     path = tmp_path / "data" / "interactions.parquet"
     rows = pq.read_table(path)
@@ -338,6 +338,11 @@ def test_what_came_since_is_added_as_if_all_were_read(
         assert [shard.sha256 for shard in one.shards] == [shard.sha256 for shard in other.shards], dataset.name
     told, expected = (open_manifest(storage, schemas.INTERACTIONS).metadata for storage in (added, whole))
     assert told == {**expected, "kept": int((~late).sum())}
+    same = made("same", [], previous=added.url, append=True)
+    for dataset in (schemas.INTERACTIONS, schemas.USERS, schemas.ITEMS, schemas.CONTENT):
+        one, other = (open_manifest(storage, dataset) for storage in (added, same))
+        assert [shard.sha256 for shard in one.shards] == [shard.sha256 for shard in other.shards], dataset.name
+    assert open_manifest(same, schemas.INTERACTIONS).metadata == {**told, "kept": rows.num_rows}
 
 
 def test_repeated_events_are_dropped_where_that_is_wanted(spark: SparkContext, tmp_path: Path) -> None:
