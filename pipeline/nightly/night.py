@@ -31,7 +31,8 @@ class Night:
 
     previous is the name of the run that it goes on from; since_training and since_scratch count nights since the model
     was trained, and from random weights: 0 if tonight. inputs are all files that the run's interactions and items are
-    from, as `describe_inputs` tells of them; appended those that are read tonight, if the rest is previous's.
+    from, as `describe_inputs` tells of them; appended those that are read tonight, maybe none, if the rest is
+    previous's.
     """
 
     night: str
@@ -98,10 +99,22 @@ def decide(
 
 
 def _added(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str] | None]:
-    """All files of both, and which of them are new; None, and only those of now, where one was changed or none is."""
-    known = {file["url"]: file for file in before}
+    """All files of both, and which of them are new; None, and only those of now, where all are to be read anew.
+
+    That is where one was changed, or where all are as they were. Raises DataError where one was changed and another is
+    gone, whose events are only in the interactions of before.
+    """
+    known, there = {file["url"]: file for file in before}, {file["url"] for file in now}
     new = [file for file in now if file["url"] not in known]
-    if not new or any(known.get(file["url"], file) != file for file in now):
+    changed = [file["url"] for file in now if known.get(file["url"], file) != file]
+    gone = [url for url in known if url not in there]
+    if changed and gone:
+        raise DataError(
+            f"{changed[0]} was changed since it was read, and {gone[0]} is gone, as {len(gone)} of {len(known)} files "
+            "are: reading all anew would lose the events of what is gone; bring it back, or set task.nightly.append: "
+            "false to go on without"
+        )
+    if changed or not (new or gone):
         return now, None
     return [*before, *new], [file["url"] for file in new]
 

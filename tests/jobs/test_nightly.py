@@ -145,6 +145,14 @@ def test_the_second_reads_what_is_new_and_keeps_the_model(site: Site) -> None:
     assert not (site.site / "runs" / NIGHTS[0] / "layers").exists()
     again = site.night(NIGHTS[1])
     assert (again.exit_code, "has ended with the same data" in again.text) == (0, True), again.text
+    (site.folder / "events" / f"{NIGHTS[0]}.parquet").unlink()
+    again = site.night(NIGHTS[1])
+    assert (again.exit_code, "has ended with the same data" in again.text) == (0, True), again.text
+    without = site.night(NIGHTS[2])
+    assert "0 new files are read" in without.text
+    assert open_manifest(site.of(NIGHTS[2]), schemas.INTERACTIONS).num_rows == rows, "nothing came, and nothing is lost"
+    assert (without.exit_code, site.live()) == (3, NIGHTS[1]), without.text
+    assert [reason.partition(":")[0] for reason in site.told(NIGHTS[2])["reasons"]] == ["freshness"]
     back = site.pinsage("rollback")
     assert (back.exit_code, site.live()) == (0, NIGHTS[0]), back.text
 

@@ -145,3 +145,24 @@ def test_a_changed_file_or_none_that_is_new_reads_all(settings: Settings, tmp_pa
     made = night.settings_of(changed, more, str(more.resources.site))
     assert len(made.task.data.interactions.paths) == 2
     assert not made.task.data.append
+
+
+def test_files_that_are_gone_lose_no_events(settings: Settings, tmp_path: Path) -> None:
+    """Where none is new, nothing is added; where another was changed, nothing can be made that has all."""
+    more = _with_more(settings, tmp_path, ["interactions.parquet", "b.parquet"])
+    before = _nights(more, 1)[0]
+    left = _with_more(settings, tmp_path, ["b.parquet"])
+    second = night.decide(left, "2011-03-02", "2011-03-02", before.run, before, night.snapshot(left))
+    made = night.settings_of(second, left, str(left.resources.site))
+    assert (second.appended, second.inputs) == ([], before.inputs)
+    assert (made.task.data.interactions.paths, made.task.data.append) == ((), True)
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "b.parquet").read_bytes()[:-1])
+    for settings_now in (left, _with_more(settings, tmp_path, ["b.parquet", "c.parquet"])):
+        told = r"b.parquet was changed .*/interactions.parquet is gone, as 1 of 2 .*set task.nightly.append: false"
+        with pytest.raises(DataError, match=told):
+            night.decide(settings_now, "2011-03-02", "2011-03-02", before.run, before, night.snapshot(settings_now))
+    tree = left.model_dump()
+    tree["task"]["nightly"]["append"] = False
+    without = parse_settings(tree)
+    last = night.decide(without, "2011-03-02", "2011-03-02", before.run, before, night.snapshot(without))
+    assert [Path(file["url"]).name for file in last.inputs["interactions"]] == ["b.parquet"]
