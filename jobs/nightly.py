@@ -95,7 +95,10 @@ def begin(date: NightOption = None, settings: SettingsOption = "pinsage.yaml", o
     """Decide what the night does, keep that, and print the settings for the stages' jobs."""
     with exit_codes():
         with steps_of(settings, override, date) as steps:
-            tonight = steps.begin() or steps.latest()
+            tonight = steps.begin()
+            if tonight is None:
+                steps.done_before()
+                tonight = steps.latest()
         print(f"{steps.run_of(tonight.run).url}/{schemas.RESOLVED}")
 
 
@@ -113,7 +116,8 @@ def finish(
         with steps_of(settings, override, date) as steps:
             tonight = steps.latest()
             with steps.failing(tonight):
-                code = steps.finish(tonight, forced)
+                is_over = forced is None and steps.was_left(tonight)
+                code = steps.done_before() if is_over else steps.finish(tonight, forced)
     raise SystemExit(code)
 
 
@@ -165,6 +169,12 @@ class Steps:
         if found is None:
             raise DataError(f"{self.site.url}: night {self.name} was not begun; run `pinsage nightly begin` first")
         return found
+
+    def was_left(self, tonight: Night) -> bool:
+        """Whether readers had the night's release and were led elsewhere since: then it is not published again."""
+        ended, pointer = summary.read(self.site, self.name), self.catalogue.kept_pointer(own=(tonight.run,))
+        is_told = ended is not None and (ended["run"], ended["status"]) == (tonight.run, "published")
+        return is_told and tonight.run in pointer.released and tonight.run != pointer.release
 
     def done_before(self) -> int:
         """Say how the night ended when it ran; the exit code of then."""

@@ -155,6 +155,10 @@ def test_the_second_reads_what_is_new_and_keeps_the_model(site: Site) -> None:
     assert [reason.partition(":")[0] for reason in site.told(NIGHTS[2])["reasons"]] == ["freshness"]
     back = site.pinsage("rollback")
     assert (back.exit_code, site.live()) == (0, NIGHTS[0]), back.text
+    for step in ((), ("begin",), ("finish",)):
+        again = site.pinsage("nightly", *step, "--night", NIGHTS[1])
+        assert (again.exit_code, "has ended with the same data" in again.text) == (0, True), again.text
+        assert site.live() == NIGHTS[0], "what was rolled back is not published again"
 
 
 def test_no_night_begins_while_the_pointer_is_gone(site: Site) -> None:
