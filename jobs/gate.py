@@ -62,7 +62,7 @@ def gate_command(
 
         site = loaded.resources.site
         if site is not None:
-            home, released = site.rstrip("/"), Catalogue(site).pointer()[1].release
+            home, released = site.rstrip("/"), Catalogue(site).kept_pointer().release
             against = against or (None if released is None else f"{home}/{RUNS}/{released}")
             history = history or f"{home}/{NIGHTS}"
         live, past = None if against is None else Storage(against), [] if history is None else read_history(history)

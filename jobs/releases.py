@@ -6,8 +6,10 @@ pinsage rollback --settings pinsage.yaml         # the one before it is live aga
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -76,11 +78,24 @@ def opened(settings: Settings, release: str | None) -> Iterator[tuple[Settings, 
 
 def open_index(settings: Settings, release: Release | None) -> Index:
     """What `opened` gave, as an index: of the release, if it is what was published; without one, of the run."""
-    if release is not None:
-        return release.index
     from pipeline.ann.reader import Index
 
-    return Index.open(settings.resources.run, settings.resources.cache)
+    with _stdout_kept():
+        return release.index if release is not None else Index.open(settings.resources.run, settings.resources.cache)
+
+
+@contextmanager
+def _stdout_kept() -> Iterator[None]:
+    """What FAISS says of lists that lie in a file of their own goes to stderr: stdout is for what was asked."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def publish(
@@ -176,7 +191,7 @@ def gc(
             for name, size in going.items():
                 console.print(f"{verb} {kind} {name}: {size:,} bytes", soft_wrap=True)
         for name, why in plan.kept.items():
-            console.print(f"kept {name}: {escape(why)}", soft_wrap=True)
+            console.print(f"kept {escape(name)}: {escape(why)}", soft_wrap=True)
         total = sum(plan.releases.values()) + sum(plan.runs.values())
         console.print(f"{verb} {len(plan.releases)} releases and {len(plan.runs)} other runs: {total:,} bytes")
 

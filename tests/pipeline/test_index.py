@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from pyspark import SparkContext
 
+from jobs.releases import open_index
 from pipeline import index
 from pipeline.ann import building, recall, training
 from pipeline.contracts import datasets
@@ -130,7 +131,9 @@ def test_parts_made_by_spark_are_what_one_process_makes(spark: SparkContext, sto
     np.testing.assert_array_equal(faiss.serialize_index(alone), faiss.serialize_index(together))
 
 
-def test_an_index_too_large_for_the_drivers_memory_is_merged_on_disk(spark: SparkContext, tmp_path: Path) -> None:
+def test_an_index_too_large_for_the_drivers_memory_is_merged_on_disk(
+    spark: SparkContext, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     vectors, opened = clustered(6000), []
     for name, resources in (("memory", {}), ("disk", {"merge_memory": 1000})):
         storage = Storage(str(tmp_path / name))
@@ -140,7 +143,9 @@ def test_an_index_too_large_for_the_drivers_memory_is_merged_on_disk(spark: Spar
         opened.append(Index.open(storage))
     moved = tmp_path / "moved"
     (tmp_path / "disk").rename(moved)
-    opened.append(Index.open(str(moved)))
+    capfd.readouterr()
+    opened.append(open_index(make_settings(Storage(str(moved))), None))
+    assert capfd.readouterr().out == "", "a command's stdout is for what was asked"
     results = [found.search(vectors[:50], 10) for found in opened]
     assert results[0] == results[1] == results[2]
     assert opened[0].recall["recall"] == opened[1].recall["recall"]
