@@ -407,11 +407,13 @@ def _as_keys(column: pa.ChunkedArray, where: str, setting: str, file_format: str
         return array.cast(pa.int64())
     wrong = f"expected text or integers as keys; correct {setting}"
     if pa.types.is_floating(kind):
-        finite = pc.if_else(pc.is_finite(array), array, pa.scalar(None, kind))
+        wide = pa.float64()
+        array = array.cast(wide)
+        finite = pc.if_else(pc.is_finite(array), array, pa.scalar(None, wide))
         fractions = finite.filter(pc.not_equal(finite, pc.trunc(finite)))
         if len(fractions):
             raise DataError(f"{where} is {kind}{_such_as(fractions)}, {wrong}")
-        large = finite.filter(pc.greater_equal(pc.abs(finite), pa.scalar(_EXACT[kind], kind)))
+        large = finite.filter(pc.greater_equal(pc.abs(finite), pa.scalar(_EXACT[kind], wide)))
         if len(large):
             raise DataError(
                 f"{where} is {kind}{_such_as(large)}: keys so large have lost digits; write them as text or int64"

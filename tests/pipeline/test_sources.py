@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -112,6 +113,7 @@ def test_a_folder_and_a_file_in_it_are_read_once(tmp_path: Path) -> None:
         pa.array(["1", "2", "3"], pa.large_string()),
         pa.array(["1", "2", "3"]).dictionary_encode(),
         pa.array([1.0, 2.0, 3.0]),
+        pa.array(np.array([1, 2, 3], np.float16)),
     ],
 )
 def test_keys_of_any_text_or_integer_type_become_the_same_text(tmp_path: Path, column: pa.Array) -> None:
