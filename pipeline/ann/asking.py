@@ -115,16 +115,18 @@ def _once(
         candidates = min(search["k_factor"] * more + len(only.dropped), only.num_rows)
         search = search | {"k_factor": -(-candidates // wanted)}
     chosen, step = parameters(index, search, only.selector), max(1, CANDIDATES // candidates)
-    pieces = [index.search(vectors[at : at + step], wanted, params=chosen) for at in range(0, len(vectors), step)]
-    found_scores, found = (np.concatenate(column) for column in zip(*pieces, strict=True))
-    others = (found >= 0) & (found != own[:, None])
-    kept = others & ~np.isin(found, only.dropped) if len(only.dropped) else others
-    places = np.cumsum(kept, axis=1)
-    kept = kept & (places <= k)
     rows, scores = np.full((len(vectors), k), -1), np.full((len(vectors), k), -np.inf, np.float32)
-    lines = np.nonzero(kept)[0]
-    rows[lines, places[kept] - 1], scores[lines, places[kept] - 1] = found[kept], found_scores[kept]
-    depths = np.where(kept, np.cumsum(others, axis=1), 0).max(axis=1, initial=0)
+    depths = np.zeros(len(vectors), np.int64)
+    for at in range(0, len(vectors), step):
+        some = slice(at, at + step)
+        found_scores, found = index.search(vectors[some], wanted, params=chosen)
+        others = (found >= 0) & (found != own[some, None])
+        kept = others & ~np.isin(found, only.dropped) if len(only.dropped) else others
+        places = np.cumsum(kept, axis=1)
+        kept = kept & (places <= k)
+        lines = np.nonzero(kept)[0]
+        rows[at + lines, places[kept] - 1], scores[at + lines, places[kept] - 1] = found[kept], found_scores[kept]
+        depths[some] = np.where(kept, np.cumsum(others, axis=1), 0).max(axis=1, initial=0)
     return rows, scores, depths
 
 
