@@ -96,12 +96,20 @@ def kept_in(folder: Path, what: str) -> Iterator[None]:
 
 def check_room(folder: Path, needed: int) -> None:
     """Raise OSError if so many bytes do not fit, even if other copies, those not used for longest first, make room."""
-    others = folder.parents[2].glob(f"{'?' * _OWNER_DIGITS}/*/{'?' * _DIGITS}-*/")
-    aged = sorted((_last_used(other), other) for other in others if other != folder and (other / "done.json").exists())
-    while (free := shutil.disk_usage(folder).free) < needed + (1 << 20):
-        if not aged or aged[0][0] > time.time() - _IN_USE_SECONDS:
-            raise OSError(f"about {needed:,} more bytes are needed and {free:,} are free")
-        shutil.rmtree(aged.pop(0)[1], ignore_errors=True)
+    wanted = needed + (1 << 20)
+    if (free := shutil.disk_usage(folder).free) >= wanted:
+        return
+    aged: list[tuple[float, Path, int]] = []
+    for other in folder.parents[2].glob(f"{'?' * _OWNER_DIGITS}/*/{'?' * _DIGITS}-*/"):
+        with suppress(OSError):  # another process removes it too
+            if other != folder and (used := (other / "done.json").stat().st_mtime) < time.time() - _IN_USE_SECONDS:
+                aged.append((used, other, sum(file.stat().st_size for file in other.iterdir())))
+    if free + sum(size for _, _, size in aged) >= wanted:  # else it would be of no use that they go
+        for _, other, _ in sorted(aged):
+            shutil.rmtree(other, ignore_errors=True)
+            if (free := shutil.disk_usage(folder).free) >= wanted:
+                return
+    raise OSError(f"about {needed:,} more bytes are needed and {free:,} are free")
 
 
 def remove_others(copy: Path) -> None:

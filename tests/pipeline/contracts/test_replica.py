@@ -351,20 +351,24 @@ def test_copies_that_were_not_used_for_longest_make_room(
         copies += [folder for folder in folders(cache, "degree") if folder not in copies]
     for copy, run in zip(copies, runs, strict=True):
         age(copy / "done.json", int(Path(run.url).name) / 24)
-    enough = 2
+    enough, free = 2, (1 << 20) - 100
 
     def usage(path: Path) -> Usage:
-        return Usage(1 << 40, 0, 1 << 30 if sum(not copy.exists() for copy in copies) >= enough else 1000)
+        return Usage(1 << 40, 0, 1 << 30 if sum(not copy.exists() for copy in copies) >= enough else free)
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
     new = Storage(str(tmp_path / "new"))
     map_values(new, store(new), "degree", cache)
     assert [copy.exists() for copy in copies] == [True, False, False, True]
-    enough = 4
+    enough, free = 4, 1000
     other = Storage(str(tmp_path / "other"))
     with pytest.raises(StorageError, match="1,000 are free"):
         map_values(other, store(other), "degree", cache)
-    assert copies[3].exists(), "it was used a moment ago"
+    assert copies[0].exists(), "that it goes would be of no use"
+    free = (1 << 20) - 100
+    with pytest.raises(StorageError, match="1,048,476 are free"):
+        map_values(other, store(other), "degree", cache)
+    assert [copies[0].exists(), copies[3].exists()] == [False, True], "one was used a moment ago"
 
 
 @pytest.fixture
