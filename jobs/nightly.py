@@ -67,6 +67,8 @@ app = typer.Typer(
 class OutOfTimeError(ResourceError):
     """The night's budget is spent."""
 
+    explains_interrupt = True
+
 
 @app.callback()
 def nightly(

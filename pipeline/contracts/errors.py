@@ -12,8 +12,11 @@ from pipeline.contracts.safety import printable, redact
 class PipelineError(Exception):
     """Something outside our code is wrong; the message says what to do. Jobs print it and exit with 1.
 
-    No message shows a secret or moves a terminal's cursor, whatever it was made of.
+    No message shows a secret or moves a terminal's cursor, whatever it was made of. explains_interrupt: it takes the
+    place of an interrupt that we sent ourselves.
     """
+
+    explains_interrupt = False
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(redact(message)))

@@ -21,7 +21,9 @@ def interrupts_first() -> Iterator[None]:
 
 
 def is_interrupt(error: BaseException | None) -> bool:
-    """Whether the error is an interrupt, or was raised while one was let through."""
+    """Whether the error is an interrupt, or was raised while one was let through; not if it says what that was for."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
+        if getattr(error, "explains_interrupt", False):
+            return False
         error = error.__context__
     return error is not None

@@ -59,6 +59,8 @@ class Holder:
 class LostLockError(PipelineError):
     """Somebody else has taken the lock: this night was silent too long."""
 
+    explains_interrupt = True
+
 
 class Lock:
     """The lock, as its holder has it."""

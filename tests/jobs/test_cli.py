@@ -14,9 +14,12 @@ from typer.testing import CliRunner
 
 from jobs.cli import app
 from jobs.interrupts import held_back
+from jobs.stage import exit_codes
 from pipeline.contracts import schemas
 from pipeline.contracts.config import reference
 from pipeline.contracts.schemas import STAGES
+from pipeline.contracts.storage import Storage
+from pipeline.nightly import lock
 from tests.jobs.conftest import Shop
 from tests.runs import ROOT
 
@@ -203,6 +206,22 @@ def test_ctrl_c_while_modules_are_imported_leaves_no_traceback() -> None:
         )
         assert done.returncode != 0
         assert done.stderr[:9] == expected
+
+
+def test_an_interrupt_that_we_sent_ourselves_is_told_by_what_it_is_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A night whose lock was taken by another must not be told to go on."""
+
+    def night() -> None:
+        with exit_codes(), lock.hold(Storage(str(tmp_path)), "2011-03-05", "runs/2011-03-05") as held:
+            held.lost = "lock.json was taken over by another night"
+            raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        night()
+    assert ended.value.code == 1
+    assert "error: lock.json was taken over by another night" in " ".join(capsys.readouterr().err.split())
 
 
 def test_ctrl_c_before_python_has_begun_leaves_no_traceback_where_it_is_held_back() -> None:
