@@ -118,7 +118,7 @@ def run_stages(stages: Sequence[Stage], settings: Settings, force: bool = False)
             elif is_up_to_date(storage, stage, lineage):
                 say(f"{stage.name}: up to date")
                 if stage is schemas.INFERENCE:
-                    sweep(storage)
+                    sweep(storage, lineage)
                 continue
             started = time.monotonic()
             say(f"{stage.name}: {stage.meaning}")

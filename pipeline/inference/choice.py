@@ -28,10 +28,10 @@ def make_reducer(
         name, reason = choose(settings, open_manifest(storage, schemas.ITEMS).num_rows)
         say(f"inference: {name}, {reason}")
     if name == "gather":
-        ways.go_on(storage, schemas.LAYERS.name, {"reducer": name, "keeps": resources.keep_layers})
+        ways.go_on(storage, schemas.LAYERS.name, lineage, {"reducer": name, "keeps": resources.keep_layers})
         return Gather(storage, settings, lineage, network)
     layout = {"cluster_rounds": resources.cluster_rounds, "hub_share": resources.hub_share}
-    ways.go_on(storage, schemas.LAYERS.name, {"reducer": name, "keeps": False, **layout})
+    ways.go_on(storage, schemas.LAYERS.name, lineage, {"reducer": name, "keeps": False, **layout})
     return Shuffle(spark, storage, settings, lineage, network)
 
 

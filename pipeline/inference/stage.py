@@ -88,13 +88,15 @@ def _from_earlier(
     spark: SparkContext, storage: Storage, settings: Settings, lineage: Lineage, network: Network
 ) -> bool:
     """Whether the embeddings could be made from those of an earlier run."""
+    if ways.is_under_way(storage, lineage):
+        return False
     earlier, reason = find_earlier(storage, settings, lineage, network)
     changes = None if earlier is None else find_changes(storage, earlier)
     if earlier is None or changes is None:
         if reason or earlier is not None:
             say(f"inference: all items, as {reason or 'it is not known what changed of features and neighbours'}")
         return False
-    ways.go_on(storage, AGAIN, {"keeps": settings.resources.inference.keep_layers, **earlier.told()})
+    ways.go_on(storage, AGAIN, lineage, {"keeps": settings.resources.inference.keep_layers, **earlier.told()})
     try:
         Incremental(spark, storage, settings, lineage, network, earlier, changes).run()
     except (TooDifferentError, PipelineError) as error:  # what the earlier run has kept may be damaged

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.contracts import schemas
-from pipeline.contracts.datasets import MANIFEST, withdraw_broken
+from pipeline.contracts.datasets import MANIFEST, Lineage, withdraw_broken
 from pipeline.contracts.storage import Storage
 
 _NOTE = "way.json"
@@ -24,9 +24,10 @@ AGAIN = f"{_LAYERS}/again"
 """What an incremental run makes again."""
 
 
-def go_on(storage: Storage, folder: str, way: Mapping[str, Any]) -> None:
+def go_on(storage: Storage, folder: str, lineage: Lineage, way: Mapping[str, Any]) -> None:
     """Leave of what lies in the folder what can be gone on from this way: all, or nothing; note the way."""
-    now = {"way": json.loads(json.dumps(way)), "started": _started(storage)}
+    told = {**way, "lineage": lineage.fingerprint}
+    now = {"way": json.loads(json.dumps(told)), "started": _started(storage)}
     known = _noted(storage, folder)
     if known == now:
         return
@@ -37,10 +38,20 @@ def go_on(storage: Storage, folder: str, way: Mapping[str, Any]) -> None:
     storage.write_bytes(f"{folder}/{_NOTE}", json.dumps(now, sort_keys=True).encode())
 
 
-def sweep(storage: Storage) -> None:
+def is_under_way(storage: Storage, lineage: Lineage) -> bool:
+    """Whether an attempt has begun to make all items: what it has made is gone on from, whatever could be done else.
+
+    An incremental run would put the earlier run's layers in the place of its own.
+    """
+    known = _noted(storage, _LAYERS)
+    return known is not None and known["way"].get("lineage") == lineage.fingerprint
+
+
+def sweep(storage: Storage, lineage: Lineage) -> None:
     """Delete what a run that was killed after its embeddings were there had no time to delete."""
     known = _noted(storage, _LAYERS)
-    storage.delete(_LAYERS if known is not None and not known["way"]["keeps"] else AGAIN)
+    all_of_it = known is not None and is_under_way(storage, lineage) and not known["way"]["keeps"]
+    storage.delete(_LAYERS if all_of_it else AGAIN)
 
 
 def finish_again(storage: Storage, keeps: bool) -> None:

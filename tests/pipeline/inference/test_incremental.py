@@ -29,6 +29,7 @@ from pipeline.contracts.datasets import (
     write_file,
     write_shard,
 )
+from pipeline.contracts.errors import StorageError
 from pipeline.contracts.rows import read_own_rows
 from pipeline.contracts.sharding import shard_bounds
 from pipeline.contracts.storage import Storage
@@ -366,6 +367,39 @@ def test_changes_against_another_earlier_run_are_not_gone_on_from(
     found, told = embed(spark, third, network, previous=first)
     np.testing.assert_array_equal(found, embed(spark, whole, network)[0])
     assert told["remade"]["changed items"] == 2
+
+
+def test_a_whole_run_that_has_begun_is_gone_on_with_whatever_could_be_done_else(
+    spark: SparkContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fails at the end of an incremental run has put the earlier run's layers in the place of tonight's."""
+    network, world = PlainNetwork(2), World(100)
+    first, second, whole = (Storage(str(tmp_path / name)) for name in ("first", "second", "whole"))
+    world.store(first, 4)
+    embed(spark, first, network)
+    world.features[[3, 47]] += np.float32(0.25)
+    world.store(second, 4, previous=first)
+    world.store(whole, 4)
+    expected, _ = embed(spark, whole, network)
+    labels: list[str] = []
+
+    def breaking(session: SparkContext, tasks: Any, work: Any, label: str) -> Any:
+        labels.append(label)
+        if label == "inference: base of sums":
+            raise StorageError("no answer")
+        if label == "inference: combine layer 1" and labels.count(label) == 1:
+            raise KeyboardInterrupt
+        return run_tasks(session, tasks, work, label)
+
+    for module in (steps, incremental):
+        monkeypatch.setattr(module, "run_tasks", breaking)
+    with pytest.raises(KeyboardInterrupt):
+        embed(spark, second, network, previous=first)
+    assert "inference: base of sums" in labels
+    found, told = embed(spark, second, network, previous=first)
+    np.testing.assert_array_equal(found, expected)
+    assert "remade" not in told
+    assert [labels.count(f"inference: {label}") for label in ("project layer 1", "find changes")] == [1, 1]
 
 
 @pytest.mark.parametrize("damaged", ["layers/projected-1/part-00001.rows", "embeddings/part-00001.parquet"])

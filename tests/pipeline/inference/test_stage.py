@@ -362,10 +362,12 @@ def test_after_a_crash_of_the_machine_what_lies_there_is_compared(
 
 def test_layers_that_a_kill_left_beside_finished_embeddings_are_swept_unless_they_are_kept(storage: Storage) -> None:
     for keeps in (False, True):
-        ways.go_on(storage, schemas.LAYERS.name, {"reducer": "gather", "keeps": keeps})
+        ways.go_on(storage, schemas.LAYERS.name, LINEAGE, {"reducer": "gather", "keeps": keeps})
         for name in ("projected-1", "again/projected-1-rows"):
             write_rows(storage, f"{schemas.LAYERS.name}/{name}", 0, np.zeros((2, 2), np.float32), LINEAGE)
-        ways.sweep(storage)
+        ways.sweep(storage, Lineage("another", {}, {}))
+        assert storage.names(schemas.LAYERS.name) == ["projected-1", "way.json"], "of an attempt with another model"
+        ways.sweep(storage, LINEAGE)
         assert storage.names(schemas.LAYERS.name) == (["projected-1", "way.json"] if keeps else [])
 
 
