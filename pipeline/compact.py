@@ -33,7 +33,7 @@ from pipeline.contracts.datasets import (
     vectors_to_arrow,
     write_file,
 )
-from pipeline.contracts.errors import SettingsError
+from pipeline.contracts.errors import DataError, SettingsError
 from pipeline.contracts.rows import describe_rows, read_own_rows
 from pipeline.contracts.schemas import COMPACT, COMPACT_WORK, EMBEDDINGS, ROTATION
 from pipeline.contracts.sharding import sample_rows
@@ -77,7 +77,16 @@ def run(spark: SparkContext, storage: Storage, settings: Settings, lineage: Line
             codes, scales = to_int8(vectors)
             columns |= {"int8": _as_column(codes), "scale": pa.array(scales)}
         for count in wanted.dimensions:
-            columns[f"first_{count}"] = vectors_to_arrow((vectors @ directions[:, :count]).astype(np.float16))
+            with np.errstate(over="ignore"):
+                turned = (vectors @ directions[:, :count]).astype(np.float16)
+            is_finite = np.isfinite(turned).all(axis=1)
+            if not is_finite.all():
+                row = int(np.argmin(is_finite))
+                raise DataError(
+                    f"the embedding of item {table.column('key')[row].as_py()} is too long for the float16 of "
+                    f"task.compact.dimensions {count}: set task.model.normalise_output, or leave that out"
+                )
+            columns[f"first_{count}"] = vectors_to_arrow(turned)
         return [pa.table(columns)], {}
 
     metadata = {"forms": told, "sample": len(sample), "queries": min(QUERIES, len(sample))}
@@ -149,7 +158,8 @@ def _forms(sample: Floats, wanted: Compact, directions: Floats) -> dict[str, tup
         codes, scales = to_int8(sample)
         forms["int8"] = (sample.shape[1] + 4, codes.astype(np.float32) * scales[:, None])
     for count in wanted.dimensions:
-        turned_sample = (sample @ directions[:, :count]).astype(np.float16)
+        with np.errstate(over="ignore"):  # a row for which it is too much is named when the forms are made
+            turned_sample = (sample @ directions[:, :count]).astype(np.float16)
         forms[f"first_{count}"] = (2 * count, _single(turned_sample))
     return forms
 

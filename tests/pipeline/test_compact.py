@@ -12,7 +12,7 @@ from pyspark import SparkContext
 from pipeline import compact
 from pipeline.contracts.config import Settings, parse_settings
 from pipeline.contracts.datasets import arrow_to_vectors, open_manifest, read_table, trace
-from pipeline.contracts.errors import SettingsError
+from pipeline.contracts.errors import DataError, SettingsError
 from pipeline.contracts.schemas import COMPACT, COMPACT_STAGE, COMPACT_WORK, ROTATION
 from pipeline.contracts.storage import Storage
 from tests.embeddings import clustered, make_settings, write_embeddings
@@ -97,6 +97,17 @@ def nearest(vectors: np.ndarray, row: int) -> list[int]:
     scores = vectors @ vectors[row]
     scores[row] = -np.inf
     return np.argsort(-scores, kind="stable")[:10].tolist()  # type: ignore[no-any-return]
+
+
+def test_what_is_too_long_for_half_precision_is_named(spark: SparkContext, storage: Storage) -> None:
+    """An embedding of finite halves may be longer, turned, than any of its numbers."""
+    vectors = clustered(300)
+    vectors[17] = 60_000
+    write_embeddings(storage, vectors)
+    with pytest.raises(
+        DataError, match=r"the embedding of item item-17 is too long for the float16 of task.compact.dim"
+    ):
+        make(spark, storage, dimensions=[4])
 
 
 def test_nothing_is_made_unless_asked_for(spark: SparkContext, storage: Storage) -> None:
