@@ -4,7 +4,7 @@ A row is (source, node, count): so many of the source's walks stand at the node.
 over the list's entries by drawing, and equal rows are added up before they are sent on, so a first hop is as many rows
 as the item has users, never one per walk. Every hop is two shuffles; its visits go to the source's owner, who counts.
 Each side's rows are cut into cells that bound a task's memory, and what a hub's cell receives is cut into parts, tasks
-of their own. Draws are keyed by (seed, source, node, hop, part): the same for every attempt.
+of their own. Draws are keyed by (seed, source, node, hop, cell, part): the same for every attempt.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from pyspark import SparkContext
 
 from pipeline.contracts.datasets import Lineage, Manifest, arrow_to_lists, read_shard
+from pipeline.contracts.errors import SettingsError
 from pipeline.contracts.replica import padded
 from pipeline.contracts.sharding import shard_bounds, shard_of, stage_seed
 from pipeline.contracts.storage import Storage
-from pipeline.exchange import destination_rows, gather, scatter
+from pipeline.exchange import MAX_DESTINATIONS, destination_rows, gather, scatter
 from pipeline.mixing import GOLDEN, mix
 from pipeline.walk_kernel import pick
 
@@ -57,8 +58,17 @@ def move_walkers(
     spark: SparkContext, storage: Storage, lineage: Lineage, item_users: Manifest, user_items: Manifest, walk: Walk,
     scratch: str,
 ) -> Counted:  # fmt: skip
-    """Walk from every item; the visits lie in scratch datasets below `scratch`, which are the caller's to delete."""
+    """Walk from every item; the visits lie in scratch datasets below `scratch`, which are the caller's to delete.
+
+    Raises SettingsError for more walks than there may be cells for.
+    """
     items, users = _Side(item_users, walk.num_walks * 2), _Side(user_items, walk.num_walks * 2)
+    cells = max(2 * items.num_cells, users.num_cells)
+    if cells > MAX_DESTINATIONS:
+        raise SettingsError(
+            f"{walk.num_walks:,} walks from each of {items.num_rows:,} items are sent to {cells:,} places, at most "
+            f"{MAX_DESTINATIONS:,}; lower task.walks.num_walks, or set task.walks.estimator: exact"
+        )
     visits: list[Manifest] = []
     for hop in range(walk.max_hops):
         name, last = f"{scratch}/hop{hop + 1}", hop + 1 == walk.max_hops
@@ -75,7 +85,7 @@ def move_walkers(
             counted = shard_of(seen["source"].to_numpy(), items.num_rows, items.num_cells)
             if last:
                 return seen, counted
-            left = survivors(seen, walk, hop)
+            left = survivors(seen, walk, hop, cell.number, cell.part)
             onward = shard_of(left["node"].to_numpy(), items.num_rows, items.num_cells) + items.num_cells
             return pa.concat_tables([seen, left]), np.concatenate([counted, onward])
 
@@ -110,10 +120,14 @@ def top_visits(
     return ids, padded(bounds, counts, rows, num_neighbours, np.int64), lengths
 
 
-def survivors(rows: pa.Table, walk: Walk, hop: int) -> pa.Table:
-    """The walks of each row that go on after a hop: each with 1 - restart_probability."""
-    sources, nodes, counts = (rows[name].to_numpy() for name in WALKERS.names)
-    left = _surviving(sources, nodes, counts, np.uint64(walk.seed), np.uint64(hop), 1.0 - walk.restart_probability)
+def survivors(rows: pa.Table, walk: Walk, hop: int, cell: int, part: int) -> pa.Table:
+    """The walks of each row that go on after a hop: each with 1 - restart_probability, drawn for itself.
+
+    Other cells and parts have rows of the same source and node: their walks must not go on together.
+    """
+    sources, nodes, counts = added_up(*(rows[name].to_numpy() for name in WALKERS.names))
+    key = np.uint64(stage_seed(walk.seed, f"stop {hop} cell {cell} part {part}"))
+    left = _surviving(sources, nodes, counts, key, 1.0 - walk.restart_probability)
     going = left > 0
     return pa.table([sources[going], nodes[going], left[going]], schema=WALKERS)
 
@@ -226,13 +240,13 @@ def _draw(
 
 
 @numba.njit(cache=True, nogil=True)
-def _surviving(sources: Any, nodes: Any, counts: Any, seed: Any, hop: Any, probability: Any) -> Any:
+def _surviving(sources: Any, nodes: Any, counts: Any, key: Any, probability: Any) -> Any:
     """A binomial draw per row."""
     left = np.zeros(len(sources), np.uint32)
     threshold = np.uint64(probability * 4294967296.0)
     for row in range(len(sources)):
         node = (np.uint64(sources[row]) << np.uint64(32)) | np.uint64(nodes[row])
-        stream = mix(mix(mix(seed) + (hop + np.uint64(1)) * GOLDEN) ^ mix(node + GOLDEN))
+        stream = mix(mix(key + GOLDEN) ^ mix(node + GOLDEN))
         for walk in range(counts[row]):
             if (mix(stream + np.uint64(walk) * GOLDEN) >> np.uint64(32)) < threshold:
                 left[row] += 1

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 from numpy.typing import NDArray
@@ -26,6 +27,7 @@ from pipeline.contracts.datasets import (
     read_table,
     write_shard,
 )
+from pipeline.contracts.errors import SettingsError
 from pipeline.contracts.storage import Storage
 from pipeline.walk_kernel import BipartiteGraph
 from tests.oracles import expected_visits
@@ -155,6 +157,26 @@ def test_walkers_do_not_lose_or_invent_walks_and_hubs_are_split(
         expected = expected_visits(shape, int(item), 1, 0.5)
         assert counts[mine].sum() == pytest.approx(500 * expected.sum(), abs=5 * np.sqrt(500) / 2)
         assert (expected[nodes[mine]] > 0).all()
+
+
+def test_walks_of_one_item_at_one_node_stop_each_for_itself_whichever_tasks_moved_them() -> None:
+    """One walk each in 2 000 tasks, twice in some: as many go on as of 2 000 coins, not all or none."""
+    walk = walkers.Walk(1000, 3, 0.5, seed=1)
+    rows = pa.table([[7, 7], [9, 9], [1, 1]], schema=walkers.WALKERS)
+    going = [walkers.survivors(rows, walk, 1, cell, part) for cell in range(500) for part in range(2)]
+    counts = np.array([sum(table["count"].to_pylist()) for table in going])
+    assert counts.sum() == pytest.approx(1000, abs=5 * np.sqrt(500))
+    assert set(counts.tolist()) == {0, 1, 2}
+
+
+def test_more_walks_than_there_are_places_for_are_refused_before_any_walk(
+    spark: SparkContext, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store_graph(storage, compressed(some_adjacency(24, 16)), 2)
+    item_users, user_items = (open_manifest(storage, dataset) for dataset in (schemas.ITEM_USERS, schemas.USER_ITEMS))
+    monkeypatch.setattr(walkers, "MAX_DESTINATIONS", 3)
+    with pytest.raises(SettingsError, match=r"9 walks from each of 24 items are sent to 4 places, at most 3; lower"):
+        walkers.move_walkers(spark, storage, LINEAGE, item_users, user_items, walkers.Walk(9, 1, 0.5, 1), "walks/test")
 
 
 def test_a_restart_does_only_what_is_missing(spark: SparkContext, storage: Storage) -> None:
