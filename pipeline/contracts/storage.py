@@ -178,12 +178,7 @@ class Storage:
         """Make an object that was written as not lasting safe from a crash of the machine."""
         if self.is_local:
             full = self.locate(path)
-
-            def flush() -> None:
-                with open(full, "rb") as file:
-                    os.fsync(file.fileno())
-
-            retry(f"settle {full}", flush)
+            retry(f"settle {full}", partial(_flush, full))
 
     def write_if(self, path: str, expected: bytes | None, data: bytes) -> bool:
         """Write the whole object if expected (None: nothing) is what lies there; else do nothing, and say False.
@@ -220,6 +215,7 @@ class Storage:
         def write(target: str) -> None:
             if self.is_local:
                 shutil.copyfile(local, target)
+                _flush(target)
             else:
                 self._filesystem.put_file(str(local), target)
 
@@ -241,6 +237,7 @@ class Storage:
                     if error.errno not in _NO_LINK:
                         raise
                     shutil.copyfile(source, target)
+                    _flush(target)
             elif self._filesystem is other._filesystem:
                 self._filesystem.cp_file(source, target)
             else:
@@ -377,6 +374,12 @@ class Storage:
         probe = f".writable-{uuid.uuid4().hex}"
         self.write_bytes(probe, b"")
         self.remove(probe)
+
+
+def _flush(path: str) -> None:
+    """Have a file that was written be on the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def filesystem_of(url: str) -> tuple[Any, str]:
