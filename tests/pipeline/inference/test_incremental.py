@@ -402,8 +402,9 @@ def test_a_whole_run_that_has_begun_is_gone_on_with_whatever_could_be_done_else(
     assert [labels.count(f"inference: {label}") for label in ("project layer 1", "find changes")] == [1, 1]
 
 
-@pytest.mark.parametrize("damaged", ["layers/projected-1/part-00001.rows", "embeddings/part-00001.parquet"])
-@pytest.mark.parametrize("is_gone", [True, False])
+@pytest.mark.parametrize(
+    ("damaged", "is_gone"), [("layers/projected-1/part-00001.rows", True), ("embeddings/part-00001.parquet", False)]
+)
 def test_what_is_damaged_in_the_earlier_run_is_not_needed(
     spark: SparkContext, tmp_path: Path, capfd: pytest.CaptureFixture[str], damaged: str, is_gone: bool
 ) -> None:
