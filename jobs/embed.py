@@ -17,7 +17,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +27,6 @@ from rich.console import Console
 
 from jobs.inference import load_network
 from pipeline import sources
-from pipeline.ann.reader import Index
 from pipeline.contracts import schemas
 from pipeline.contracts.config import ItemsSource, Settings, load_settings
 from pipeline.contracts.datasets import open_manifest, vectors_to_arrow
@@ -35,6 +34,9 @@ from pipeline.contracts.errors import DataError, SettingsError
 from pipeline.contracts.storage import Storage
 from pipeline.input_files import Piece, check_columns, find_files, read_piece
 from pipeline.newcomers import Newcomers, content_of
+
+if TYPE_CHECKING:
+    from pipeline.ann.reader import Index  # faiss takes a while, and vectors need none
 
 _WHOLE_FILE = 1 << 62
 
