@@ -26,6 +26,7 @@ from pipeline.ann import keys as key_files
 from pipeline.ann import parts
 from pipeline.ann.devices import Floats, ListFinder
 from pipeline.ann.recall import Exact, exact_neighbours, merge_exact
+from pipeline.ann.searching import unsearchable
 from pipeline.ann.training import Sample
 from pipeline.contracts import datasets
 from pipeline.contracts.datasets import Lineage, Manifest, Shard
@@ -89,14 +90,11 @@ class Source:
 
 def check_vectors(vectors: Floats, keys: pa.ChunkedArray, shard: int) -> None:
     """Raise DataError for an embedding that is not finite or is all zeros."""
-    squares = np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64)
-    bad = np.flatnonzero(~np.isfinite(squares) | (squares == 0))
-    if len(bad):
-        row = int(bad[0])
-        what = "all zeros" if squares[row] == 0 else "not finite"
+    count, row, what = unsearchable(vectors)
+    if count:
         raise DataError(
             f"embeddings shard {shard} row {row} (item {keys[row].as_py()}): the embedding is {what}, as are "
-            f"{len(bad) - 1:,} more of the shard, expected finite numbers that are not all 0; training has diverged: "
+            f"{count - 1:,} more of the shard, expected finite numbers that are not all 0; training has diverged: "
             "lower task.training.learning_rate and run `pinsage train` again"
         )
 

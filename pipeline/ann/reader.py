@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from pipeline.ann.asking import Filter, ask
 from pipeline.ann.keys import Keys, KeyTable, as_texts
+from pipeline.ann.searching import unsearchable
 from pipeline.contracts import datasets, replica
 from pipeline.contracts.datasets import Manifest, Shard
 from pipeline.contracts.errors import DataError
@@ -176,13 +177,11 @@ class Index:
             )
         for first in range(0, len(vectors), BATCH):
             block = _as_float32(vectors[first : first + BATCH])
-            squares = np.einsum("nd,nd->n", block, block, dtype=np.float64)
-            bad = np.flatnonzero(~np.isfinite(squares) | (squares == 0))
-            if len(bad):
-                what = "all zeros" if squares[bad[0]] == 0 else "not finite as float32"
+            count, row, what = unsearchable(block)
+            if count:
                 raise DataError(
-                    f"vectors row {first + bad[0]} is {what}, expected finite numbers that are not all 0; look at what "
-                    "made it, or leave it out"
+                    f"vectors row {first + row} is {what}, expected finite float32 numbers that are not all 0; look at "
+                    "what made it, or leave it out"
                 )
 
 

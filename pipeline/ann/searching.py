@@ -26,6 +26,15 @@ MORE_K_FACTORS = (128, 256, 512)
 lists and 64 times k found 0.947."""
 
 
+def unsearchable(vectors: NDArray[np.float32]) -> tuple[int, int, str]:
+    """How many of the vectors [n, d] no search can find or be made with; which is the first, and what it is."""
+    squares = np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64)
+    bad = np.flatnonzero(~np.isfinite(squares) | (squares == 0))
+    if not len(bad):
+        return 0, -1, ""
+    return len(bad), int(bad[0]), "all zeros" if squares[bad[0]] == 0 else "not finite"
+
+
 def widths(index: faiss.Index) -> tuple[str, list[int]]:
     """The parameter that widens this kind of index's first search, and the values to try, narrow first."""
     base, _ = split(index)
