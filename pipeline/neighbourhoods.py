@@ -310,8 +310,7 @@ class Neighbourhoods:
 
     def clean(self) -> None:
         """Remove the scratch datasets, and this host's copies of them."""
-        for name in self._storage.names(self._folder):
-            forget(self._storage, self.scratch(name), self._cache)
+        forget(self._storage, self._folder, self._cache)
         self._storage.delete(self._folder)
 
     def _homes(self) -> Homes:
